@@ -1,0 +1,25 @@
+// The kernels for any machine.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "dispatch.h"
+#include "scratch.h"
+#include "threads.h"
+
+#include "simd_scalar.h"
+
+#include "lanes_cpu.h"
+#include "panel_cpu.h"
+
+#include "gram_cpu.h"
+#include "label_sums_cpu.h"
+#include "project_cpu.h"
+#include "stage_cpu.h"
+#include "steer_cpu.h"
+
+namespace emocore {
+
+const Kernels scalar_kernels = {"scalar", [] { return true; }, stage, label_sums, gram, project, steer_add};
+
+}  // namespace emocore

@@ -1,0 +1,183 @@
+"""Hook points: from "model.layers.20", globs or layer numbers to modules, and how to read what they return."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, HookPointError, near
+
+HookSpec: TypeAlias = str | int | Iterable[str | int]
+
+# Where the transformer blocks stand in the common architectures, most specific first.
+BLOCK_PATHS = (
+    "language_model.model.layers",
+    "model.language_model.layers",
+    "language_model.layers",
+    "model.decoder.layers",
+    "model.layers",
+    "decoder.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+    "transformer.blocks",
+    "bert.encoder.layer",
+    "encoder.layer",
+    "encoder.layers",
+    "layers",
+    "h",
+)
+
+# Fields that hold the hidden state, in the order they are looked for.
+HIDDEN_FIELDS = ("last_hidden_state", "hidden_states", "hidden_state", "hidden", "output")
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Names of the model's transformer blocks in order: block i is 0-based and its output is `hidden_states[i+1]`.
+
+    Raises HookPointError where no list of blocks is found.
+
+    >>> block_names(nn.Sequential())
+    Traceback (most recent call last):
+    emocore.errors.HookPointError: model: no list of transformer blocks found in Sequential. Name the hook points instead of numbering them.
+    """
+    modules = dict(model.named_modules())
+    for path in BLOCK_PATHS:
+        blocks = modules.get(path)
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            return [f"{path}.{i}" for i in range(len(blocks))]
+    lists = [(name, m) for name, m in modules.items() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise HookPointError(
+            f"model: no list of transformer blocks found in {type(model).__name__}",
+            way_out="Name the hook points instead of numbering them.",
+        )
+    path, blocks = max(lists, key=lambda item: len(item[1]))
+    return [f"{path}.{i}" for i in range(len(blocks))]
+
+
+def resolve(model: nn.Module, spec: HookSpec) -> dict[str, nn.Module]:
+    """Modules of `model` named by `spec`, in the model's own order.
+
+    `spec` is a module name, a glob over dotted parts (`*` one part, `**` any number), a block number (negative from the
+    end), or a list of these. Raises HookPointError naming near matches.
+
+    >>> model = nn.ModuleDict({"layers": nn.ModuleList([nn.Identity(), nn.Identity()])})
+    >>> list(resolve(model, "layers.*")), list(resolve(model, -1))
+    (['layers.0', 'layers.1'], ['layers.1'])
+    """
+    specs = [spec] if isinstance(spec, (str, int)) else list(spec)
+    modules = dict(model.named_modules())
+    wanted: set[str] = set()
+    for one in specs:
+        wanted.update(_match(model, modules, one))
+    if not wanted:
+        raise HookPointError("hook point: an empty list", way_out="Give at least one module name, glob or block number.")
+    return {name: module for name, module in modules.items() if name in wanted}
+
+
+def model_id(model: nn.Module) -> str:
+    """What a model is, for telling whose vectors are whose: its class and the sizes of its configuration.
+
+    >>> model_id(nn.Linear(3, 4))
+    'Linear'
+    """
+    config = getattr(model, "config", None)
+    sizes = [
+        f"{name}={value}"
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size")
+        if isinstance(value := getattr(config, name, None), int)
+    ]
+    return f"{type(model).__name__}({', '.join(sizes)})" if sizes else type(model).__name__
+
+
+def check_model(model: nn.Module, made_for: str | None, what: str) -> None:
+    """Raise ArgumentError unless `what` was made for such a model; a base model and its heads are one."""
+    here = model_id(model)
+    if made_for is None or "(" not in made_for or "(" not in here:
+        return
+    if made_for.partition("(")[2] != here.partition("(")[2]:
+        raise ArgumentError(
+            f"{what}: made for another model", expected=here, got=made_for, way_out="Derive them for this model."
+        )
+
+
+def _match(model: nn.Module, modules: Mapping[str, nn.Module], spec: str | int) -> list[str]:
+    if isinstance(spec, int):
+        blocks = block_names(model)
+        if not -len(blocks) <= spec < len(blocks):
+            raise HookPointError(
+                "hook point: block number out of range",
+                expected=f"-{len(blocks)} .. {len(blocks) - 1}",
+                got=spec,
+                way_out=f"{type(model).__name__} has {len(blocks)} blocks, {blocks[0]} .. {blocks[-1]}.",
+            )
+        return [blocks[spec]]
+    if spec in modules:
+        return [spec]
+    found = [name for name in modules if name and _glob(spec).fullmatch(name)] if "*" in spec else []
+    if not found:
+        raise HookPointError(
+            f"hook point {spec!r}: no such module in {type(model).__name__}",
+            way_out=near(spec, [name for name in modules if name]),
+        )
+    return found
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*|\*)", pattern)
+    return re.compile("".join({"**": r".+", "*": r"[^.]+"}.get(p, re.escape(p)) for p in parts))
+
+
+def _hidden_field(output: Any) -> tuple[Any, Tensor]:
+    """Key of the hidden state inside a container, and the tensor."""
+    items: list[tuple[Any, Any]]
+    if isinstance(output, (tuple, list)):
+        items = list(enumerate(output))
+    elif isinstance(output, Mapping):
+        items = [(k, output[k]) for k in HIDDEN_FIELDS if k in output] + list(output.items())
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        names = [f.name for f in dataclasses.fields(output)]
+        items = [(n, getattr(output, n)) for n in sorted(names, key=lambda n: n not in HIDDEN_FIELDS)]
+    else:
+        items = []
+    for key, value in items:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2:
+            return key, value
+    raise HookPointError(
+        "hook point: no hidden state in the module's output",
+        expected="a floating point tensor [..., D], alone or in a tuple, dict or dataclass",
+        got=type(output).__name__,
+        way_out="Choose a module whose output is the residual stream, such as a transformer block.",
+    )
+
+
+def read_output(output: Any) -> Tensor:
+    """The hidden state [..., D] in a module's output: the tensor itself, or the first fitting one in its container.
+
+    >>> read_output((torch.zeros(1, 2, 3), None)).shape
+    torch.Size([1, 2, 3])
+    """
+    if isinstance(output, Tensor):
+        return output
+    return _hidden_field(output)[1]
+
+
+def replace_output(output: Any, hidden: Tensor) -> Any:
+    """`output` with its hidden state replaced, in a container of the same kind; the original is left as it was."""
+    if isinstance(output, Tensor):
+        return hidden
+    key, _ = _hidden_field(output)
+    if isinstance(output, (tuple, list)):
+        values = [hidden if i == key else v for i, v in enumerate(output)]
+        if hasattr(output, "_fields"):
+            return type(output)(*values)
+        return type(output)(values)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(output, **{key: hidden})
+    assert isinstance(output, Mapping)
+    return type(output)({**output, key: hidden})  # type: ignore[call-arg]

@@ -1,0 +1,57 @@
+"""The numerical contract: what is accumulated in what, and the error that this allows.
+
+rows        multiplied in   chain   block        state     variance bias, correlation error
+float64     float64         256     32 chains    float64   1e-12
+pooled      float64         256     32 chains    float64   1e-12
+float32     float32         256     32 chains    float64   1e-6
+bfloat16    float32         256     32 chains    float64   1e-6
+float16     float32         256     32 chains    float64   1e-6
+
+Rows are multiplied as y = x - s about a frozen per-column shift s, so that the bounds hold while
+max((mean - s)/std)^2 stays small; `variance_bound` says what a given offset costs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import ArgumentError
+
+CHAIN = 256  # consecutive rows summed in the input's accumulator
+BLOCK_CHAINS = 32  # chains summed in order before they go to float64
+BLOCK_ROWS = CHAIN * BLOCK_CHAINS
+FREEZE_ROWS = 512  # fewest committed rows a shift may be frozen from
+TILE = 128  # edge of the square tiles that hold the lower triangle of a scatter
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Contract bound on variance bias (relative) and on the error of a correlation, by row dtype.
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+
+# Offset ((mean - s)/std)^2 up to which BOUND was measured to hold.
+OFFSET_LIMIT = {torch.float64: 1e3, torch.float32: 4.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+
+
+def check_dtype(dtype: torch.dtype, argument: str = "x") -> torch.dtype:
+    """Return `dtype` if rows may have it, else raise ArgumentError."""
+    if dtype not in FLOATS:
+        raise ArgumentError(
+            f"{argument}: rows must be floating point",
+            expected=", ".join(str(f) for f in FLOATS),
+            got=dtype,
+            way_out="Convert it first, for example x.float().",
+        )
+    return dtype
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which rows of `dtype` are multiplied on the CPU."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def variance_bound(dtype: torch.dtype, offset: float) -> float:
+    """Bound on the relative variance error at `offset` = max((mean - s)/std)^2.
+
+    The rounding of a sum of y^2 = (x - s)^2 is relative to the second moment about s, which is (1 + offset) variances.
+    """
+    return BOUND[dtype] * max(1.0, (1.0 + offset) / (1.0 + OFFSET_LIMIT[dtype]))

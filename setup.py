@@ -1,0 +1,21 @@
+"""The compiled extension; everything else about the package is in pyproject.toml."""
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "emocore._C",
+            sources=sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
+            cxx_std=17,
+            # No contraction: where a product is fused with its sum is written in the kernels, so results do not
+            # depend on what a compiler chose for one loop or another.
+            extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off"],
+            libraries=["dl", "pthread"],
+        )
+    ]
+)
