@@ -12,8 +12,8 @@ setup(
             sources=sorted(glob("csrc/*.cpp")),
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
-            # No contraction: where a product is fused with its sum is written in the kernels, so results do not
-            # depend on what a compiler chose for one loop or another.
+            # No contraction: the kernels say where a product is fused with its sum, so that no result depends
+            # on what a compiler chose for one loop or another.
             extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off"],
             libraries=["dl", "pthread"],
         )

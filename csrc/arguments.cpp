@@ -51,7 +51,8 @@ Rows expect(const Array& array, std::initializer_list<DType> dtypes, int64_t row
     }
     if (rows == 0 || cols == 0) return view;
     if (!view.data) refuse(array, "at an address", "0");
-    if (reinterpret_cast<uintptr_t>(view.data) % element_size(view.dtype)) refuse(array, "aligned", "an odd address");
+    if (reinterpret_cast<uintptr_t>(view.data) % element_size(view.dtype))
+        refuse(array, "aligned to its elements", "an address between them");
     return view;
 }
 

@@ -1,5 +1,5 @@
-// Checks of the arguments, before any memory is touched: std::invalid_argument is ValueError, std::out_of_range
-// is IndexError.
+// Checks of the arguments, before any memory is touched: std::invalid_argument is ValueError,
+// std::out_of_range is IndexError.
 #pragma once
 #include <initializer_list>
 #include <stdexcept>
@@ -26,7 +26,7 @@ Rows expect(const Array& array, std::initializer_list<DType> dtypes, int64_t row
 // The same for an array that is written: also writable, its rows apart.
 Rows expect_out(const Array& array, std::initializer_list<DType> dtypes, int64_t rows, int64_t cols);
 
-// The elements of a checked 1-D array, null for none.
+// The elements of a checked 1-D array.
 template <class T>
 T* elements(const Rows& view) {
     return static_cast<T*>(view.data);

@@ -1,100 +1,118 @@
+// Sums of outer products into packed tiles: the second moment.
 #pragma once
 
 namespace emocore {
 namespace {
 
-// Packed rows that are multiplied before the next are packed: they should stay in the last-level cache.
-constexpr int64_t PACKED_BYTES = 4 << 20;
+// Packed rows that are multiplied before the next are packed: they should stay near in cache.
+constexpr int64_t PACKED_BYTES = 2 << 20;
 
 // Rows that one thread packs at a time.
 constexpr int64_t PACK_ROWS = 16;
 
-// y = (x - shift) sqrt(w), in A, as panels of columns: [panel, CHAIN, PANEL], zero past D.
+// tiles[i, j] += sum_r y_r[128 i ..] y_r[128 j ..]', y = (x - shift) sqrt(w), for j <= i.
+// rows: [N, D], tiles: [T, TILE, TILE] float64, T = P (P + 1) / 2, P = ceil(D / TILE).
+// A accumulates along a chain of rows and along a block of chains, float64 adds the blocks. This tree is
+// fixed by the ordinals of the rows: no thread count changes a bit.
 template <class A, class T>
-void pack_rows(const Gram& job, const A* shift, int64_t first, int64_t count, A* packed) {
-    constexpr int64_t L = LANES<A>, P = PANEL<A>;
-    const int64_t D = job.rows.cols;
-    A root[PACK_ROWS];
-    for (int64_t r = 0; r < count; ++r)
-        root[r] = static_cast<A>(job.weights ? std::sqrt(job.weights[first + r]) : 1.0);
-    // Few rows at a time through every panel: reads are streams, writes are whole lines, neither strides far.
-    for (int64_t d = 0; d < D; d += P, packed += CHAIN * P) {
-        for (int64_t r = 0; r < count; ++r) {
-            const T* x = row_of<const T>(job.rows, first + r) + d;
-            const Vector<A> weight = broadcast(root[r]);
-            for (int64_t i = 0; i < P; i += L) {
-                const int64_t columns = most(0, D - d - i);
-                const Vector<A> v = columns >= L ? load<A>(x + i) : load_some<A>(x + i, columns);
-                store(packed + r * P + i, (v - load<A>(shift + d + i)) * weight);
+class GramRun {
+  public:
+    explicit GramRun(const Gram& job)
+        : job_(job),
+          threads_(team(job.threads, job.rows.rows * D * ceil_div(D, 32))),
+          shift_memory_(panels * P * sizeof(A)),
+          packed_memory_(group * chain_size * sizeof(A)),
+          block_memory_(group < chains ? panels * (panels + 1) / 2 * BLOCK * sizeof(A) : 0) {
+        A* shift = array<A>(shift_memory_);
+        for (int64_t d = 0; d < panels * P; ++d) shift[d] = d < D ? static_cast<A>(job.shift[d]) : 0;
+    }
+
+    void run() {
+        constexpr int64_t PIECES = CHAIN / PACK_ROWS;
+        for (int64_t start = 0; start < chains; start += group) {
+            const int64_t stop = least(chains, start + group);
+            parallel(threads_, (stop - start) * PIECES, [&](int, int64_t part) {
+                pack(start + part / PIECES, part % PIECES * PACK_ROWS, part / PIECES);
+            });
+            // Consecutive parts share the panels of tile column j.
+            parallel(threads_, tiles * tiles * STRIPS, [&](int, int64_t part) {
+                const int64_t strip = part % STRIPS, i = part / STRIPS / tiles, j = part / STRIPS % tiles;
+                if (j <= i && i * STRIPS + strip < panels) multiply_strip(i, j, strip, start, stop);
+            });
+        }
+    }
+
+  private:
+    static constexpr int64_t P = PANEL<A>, STRIPS = TILE / P, BLOCK = P * P, CHAIN_PANEL = CHAIN * P;
+
+    int64_t rows_of(int64_t chain) const { return least(CHAIN, N - chain * CHAIN); }
+    A* packed(int64_t slot, int64_t panel) const {
+        return array<A>(packed_memory_) + slot * chain_size + panel * CHAIN_PANEL;
+    }
+
+    // y of up to PACK_ROWS rows of a chain, from its row `first`.
+    // packed: [panels, CHAIN, PANEL], zero past D.
+    void pack(int64_t chain, int64_t first, int64_t slot) const {
+        const int64_t count = least(PACK_ROWS, rows_of(chain) - first), row = chain * CHAIN + first;
+        A root[PACK_ROWS];
+        for (int64_t r = 0; r < count; ++r)
+            root[r] = static_cast<A>(job_.weights ? std::sqrt(job_.weights[row + r]) : 1.0);
+        // Few rows at a time through every panel: reads are streams, writes are whole lines.
+        for (int64_t panel = 0; panel < panels; ++panel)
+            for (int64_t r = 0; r < count; ++r)
+                pack_line(row_of<const T>(job_.rows, row + r), panel * P, root[r],
+                          packed(slot, panel) + (first + r) * P);
+    }
+
+    void pack_line(const T* x, int64_t first, A root, A* line) const {
+        constexpr int64_t L = LANES<A>;
+        const A* shift = array<A>(shift_memory_);
+        for (int64_t i = 0, d = first; i < P; i += L, d += L) {
+            const Vector<A> v = d + L <= D ? load<A>(x + d) : load_some<A>(x + d, most(0, D - d));
+            store(line + i, (v - load<A>(shift + d)) * broadcast(root));
+        }
+    }
+
+    // One panel of tile row i against the panels of tile column j, over the packed chains.
+    void multiply_strip(int64_t i, int64_t j, int64_t strip, int64_t start, int64_t stop) const {
+        const int64_t a = i * STRIPS + strip, first = j * STRIPS, last = least(a + 1, first + STRIPS);
+        A own[STRIPS * BLOCK];
+        // A block of chains that the next group continues is kept between the groups.
+        A* blocks = group < chains ? array<A>(block_memory_) + (a * (a + 1) / 2 + first) * BLOCK : own;
+        for (int64_t chain = start; chain < stop; ++chain) {
+            const bool opens = chain % BLOCK_CHAINS == 0;
+            const bool closes = chain + 1 == chains || (chain + 1) % BLOCK_CHAINS == 0;
+            for (int64_t b = first; b < last; ++b) {
+                A* block = blocks + (b - first) * BLOCK;
+                multiply(packed(chain - start, a), packed(chain - start, b), rows_of(chain), block, !opens);
+                if (closes) fold(block, job_.tiles + (i * (i + 1) / 2 + j) * TILE * TILE, a, b);
             }
         }
     }
-}
 
-// tile += block, where the columns exist.    block: [PANEL, PANEL], tile: [TILE, TILE] float64.
-template <class A>
-void fold_block(const A* block, double* tile, int64_t rows, int64_t columns) {
-    for (int64_t a = 0; a < rows; ++a)
-        for (int64_t b = 0; b < columns; ++b) tile[a * TILE + b] += static_cast<double>(block[a * PANEL<A> + b]);
-}
+    // tile += block where the columns exist.    block: [PANEL, PANEL], tile: [TILE, TILE] float64.
+    void fold(const A* block, double* tile, int64_t a, int64_t b) const {
+        const int64_t rows = least(P, D - a * P), columns = least(P, D - b * P);
+        double* corner = tile + a % STRIPS * P * TILE + b % STRIPS * P;
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < columns; ++c)
+                corner[r * TILE + c] += static_cast<double>(block[r * P + c]);
+    }
 
-// tiles[i, j] += sum_r y_r[128 i ..] y_r[128 j ..]', y = (x - shift) sqrt(w), for the tiles on and under the diagonal.
-// rows: [N, D], tiles: [T, TILE, TILE] float64, T = P (P + 1) / 2, P = ceil(D / TILE).
-// A accumulates along a chain and along a block of chains, float64 adds the blocks: a tree fixed by row ordinals.
-template <class A, class T>
-void gram_rows(const Gram& job) {
-    constexpr int64_t P = PANEL<A>, STRIPS = TILE / P, CHAIN_PANEL = CHAIN * P, BLOCK = P * P;
-    const int64_t N = job.rows.rows, D = job.rows.cols;
+    const Gram& job_;
+    const int64_t N = job_.rows.rows, D = job_.rows.cols;
     const int64_t panels = ceil_div(D, P), tiles = ceil_div(D, TILE), chains = ceil_div(N, CHAIN);
     const int64_t chain_size = panels * CHAIN_PANEL;
-    const int64_t group = least(chains, most(1, PACKED_BYTES / (chain_size * static_cast<int64_t>(sizeof(A)))));
-    const int threads = team(job.threads, N * D * ceil_div(D, 32));
-
-    const Scratch shift_memory(panels * P * sizeof(A)), packed_memory(group * chain_size * sizeof(A));
-    const Scratch block_memory(panels * (panels + 1) / 2 * BLOCK * sizeof(A));
-    A* shift = array<A>(shift_memory);
-    A* packed = array<A>(packed_memory);
-    A* blocks = array<A>(block_memory);
-    for (int64_t d = 0; d < panels * P; ++d) shift[d] = d < D ? static_cast<A>(job.shift[d]) : 0;
-
-    const auto rows_of = [&](int64_t chain) { return least(CHAIN, N - chain * CHAIN); };
-    for (int64_t start = 0; start < chains; start += group) {
-        const int64_t stop = least(chains, start + group);
-        constexpr int64_t PIECES = CHAIN / PACK_ROWS;
-        parallel(threads, (stop - start) * PIECES, [&](int, int64_t part) {
-            const int64_t chain = start + part / PIECES, row = part % PIECES * PACK_ROWS;
-            const int64_t count = least(PACK_ROWS, rows_of(chain) - row);
-            A* out = packed + (chain - start) * chain_size + row * P;
-            if (count > 0) pack_rows<A, T>(job, shift, chain * CHAIN + row, count, out);
-        });
-        // A part is one panel of tile row i against the panels of tile column j: consecutive parts share those.
-        parallel(threads, tiles * tiles * STRIPS, [&](int, int64_t part) {
-            const int64_t i = part / STRIPS / tiles, j = part / STRIPS % tiles, a = i * STRIPS + part % STRIPS;
-            if (j > i || a >= panels) return;
-            const int64_t b_end = least(a + 1, (j + 1) * STRIPS);
-            for (int64_t chain = start; chain < stop; ++chain) {
-                const A* chain_packed = packed + (chain - start) * chain_size;
-                const bool first = chain % BLOCK_CHAINS == 0;
-                const bool last = chain + 1 == chains || (chain + 1) % BLOCK_CHAINS == 0;
-                for (int64_t b = j * STRIPS; b < b_end; ++b) {
-                    A* block = blocks + (a * (a + 1) / 2 + b) * BLOCK;
-                    multiply<A, 1, P>(chain_packed + a * CHAIN_PANEL, P, chain_packed + b * CHAIN_PANEL,
-                                      rows_of(chain), block, !first);
-                    if (!last) continue;
-                    double* tile = job.tiles + (i * (i + 1) / 2 + j) * TILE * TILE;
-                    fold_block(block, tile + a % STRIPS * P * TILE + b % STRIPS * P, least(P, D - a * P),
-                               least(P, D - b * P));
-                }
-            }
-        });
-    }
-}
+    const int64_t group = least(chains, most(1, PACKED_BYTES / static_cast<int64_t>(chain_size * sizeof(A))));
+    const int threads_;
+    const Scratch shift_memory_, packed_memory_, block_memory_;
+};
 
 void gram(const Gram& job) {
     with_element(job.rows.dtype, [&](auto element) {
         using T = decltype(element);
         using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-        gram_rows<A, T>(job);
+        GramRun<A, T>(job).run();
     });
 }
 

@@ -10,8 +10,8 @@
 #include "scratch.h"
 #include "threads.h"
 
-// Only what follows may use AVX2: an inline function of a shared header, compiled for it here, could be the copy that
-// the linker keeps for older machines too.
+// Only what follows may use AVX2: an inline function of a shared header, compiled for it here, could be the
+// copy that the linker keeps for older machines too.
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -38,15 +38,9 @@
 
 namespace emocore {
 
-const Kernels avx2_kernels = {
-    "avx2",
-    [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-    stage,
-    label_sums,
-    gram,
-    project,
-    steer_add,
-};
+static bool usable() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+const Kernels avx2_kernels = {"avx2", usable, stage, label_sums, gram, project, steer_add};
 
 }  // namespace emocore
 #endif

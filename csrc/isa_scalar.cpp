@@ -20,6 +20,8 @@
 
 namespace emocore {
 
-const Kernels scalar_kernels = {"scalar", [] { return true; }, stage, label_sums, gram, project, steer_add};
+static bool usable() { return true; }
+
+const Kernels scalar_kernels = {"scalar", usable, stage, label_sums, gram, project, steer_add};
 
 }  // namespace emocore

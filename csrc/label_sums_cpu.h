@@ -1,3 +1,4 @@
+// Sums and sums of squares per label: the first moments.
 #pragma once
 
 namespace emocore {
@@ -11,14 +12,18 @@ constexpr int64_t PASS_BYTES = 512 * 1024;
 
 template <bool WHOLE, class T>
 Vector<double> load_columns(const T* x, int64_t columns) {
-    if constexpr (WHOLE) return load<double>(x);
-    else return load_some<double>(x, columns);
+    if constexpr (WHOLE)
+        return load<double>(x);
+    else
+        return load_some<double>(x, columns);
 }
 
 template <bool WHOLE>
 void store_columns(double* out, Vector<double> x, int64_t columns) {
-    if constexpr (WHOLE) store(out, x);
-    else store_some<double>(out, columns, x);
+    if constexpr (WHOLE)
+        store(out, x);
+    else
+        store_some<double>(out, columns, x);
 }
 
 // sums += w (x - shift), squares += w (x - shift)^2, row after row.
@@ -36,6 +41,8 @@ void add_rows(const T* x, int64_t stride, const double* w, int64_t count, const 
     }
     for (int64_t r = 0; r < count; ++r) {
         const Vector<double> weight = broadcast(w ? w[r] : 1.0);
+        // Into the second level: the first holds the run at hand.
+        __builtin_prefetch(x + (r + 2 * RUN_ROWS) * stride, 0, 2);
         for (int64_t i = 0; i < VECTORS; ++i) {
             const Vector<double> y = load_columns<WHOLE>(x + r * stride + i * L, columns) - s[i];
             sum[i] = fma(weight, y, sum[i]);
@@ -94,8 +101,10 @@ void label_sums(const LabelSums& job) {
         using T = decltype(element);
         parallel(threads, ceil_div(D, columns), [&](int, int64_t part) {
             const int64_t first = part * columns, last = least(D, first + columns);
-            if (squares) add_labelled<T, true>(job, first, last);
-            else add_labelled<T, false>(job, first, last);
+            if (squares)
+                add_labelled<T, true>(job, first, last);
+            else
+                add_labelled<T, false>(job, first, last);
         });
     });
 }

@@ -31,9 +31,12 @@ T* row_of(const Rows& matrix, int64_t row) {
 // body(element) with an element of the type of the rows.
 template <class Body>
 void with_element(DType dtype, const Body& body) {
-    if (dtype == DType::float64) body(double{});
-    else if (dtype == DType::float32) body(float{});
-    else body(BFloat16{});
+    if (dtype == DType::float64)
+        body(double{});
+    else if (dtype == DType::float32)
+        body(float{});
+    else
+        body(BFloat16{});
 }
 
 template <class A>

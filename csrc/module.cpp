@@ -1,4 +1,5 @@
-// emocore._C: the CPU kernels for Python. Arrays come as NumPy arrays or as (address, dtype, rows, cols, row_stride).
+// emocore._C: the CPU kernels for Python.
+// Arrays come as NumPy arrays or as (address, dtype, rows, cols, row_stride).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -21,7 +22,8 @@ DType numpy_dtype(const py::array& array, const std::string& name) {
     if (py::isinstance<py::array_t<int64_t>>(array)) return DType::int64;
     if (py::isinstance<py::array_t<int32_t>>(array)) return DType::int32;
     if (py::isinstance<py::array_t<uint8_t>>(array)) return DType::uint8;
-    throw std::invalid_argument(name + " has dtype " + std::string(py::str(array.dtype())) + ", which no kernel reads");
+    throw std::invalid_argument(name + " has dtype " + std::string(py::str(array.dtype())) +
+                                ", which no kernel reads");
 }
 
 // Rows of the last axis: [n] is one row, [a, b, c] is a * b rows where those are evenly spaced.
@@ -33,14 +35,17 @@ Array from_numpy(const py::array& array, const std::string& name) {
     int64_t stride = view.cols * size;  // bytes between rows, set by the innermost axis that has several
     for (int64_t axis = axes - 2; axis >= 0; --axis) {
         const int64_t count = array.shape(axis);
-        if (view.rows == 1) stride = count == 1 ? stride : array.strides(axis);
-        else if (count > 1) rows_even = rows_even && array.strides(axis) == stride * view.rows;
+        if (view.rows == 1)
+            stride = count == 1 ? stride : array.strides(axis);
+        else if (count > 1)
+            rows_even = rows_even && array.strides(axis) == stride * view.rows;
         view.rows *= count;
     }
     const bool empty = view.rows == 0 || view.cols == 0;
     if (!empty && (!rows_even || stride % size))
-        throw std::invalid_argument(name + " must be contiguous in its last axis with evenly spaced rows, got strides " +
-                                    std::string(py::str(array.attr("strides"))));
+        throw std::invalid_argument(
+            name + " must be contiguous in its last axis with evenly spaced rows, got strides " +
+            std::string(py::str(array.attr("strides"))));
     view.stride = stride / size;
     return {name, view, array.writeable()};
 }
@@ -53,8 +58,8 @@ Array from_tuple(const py::tuple& tuple, const std::string& name) {
     view.cols = tuple[3].cast<int64_t>();
     view.stride = tuple[4].cast<int64_t>();
     if (view.rows < 0 || view.cols < 0)
-        throw std::invalid_argument(name + " must have rows, cols >= 0, got " + std::to_string(view.rows) + ", " +
-                                    std::to_string(view.cols));
+        throw std::invalid_argument(name + " must have rows, cols >= 0, got " + std::to_string(view.rows) +
+                                    ", " + std::to_string(view.cols));
     return {name, view};
 }
 
@@ -84,12 +89,13 @@ const T* vector_or_null(const char* name, const py::object& object, DType dtype,
 
 int checked(const char* op, int threads) {
     if (threads < 1 || threads > 1024)
-        throw std::invalid_argument(std::string(op) + ": threads must be in [1, 1024], got " + std::to_string(threads));
+        throw std::invalid_argument(std::string(op) + ": threads must be in [1, 1024], got " +
+                                    std::to_string(threads));
     return threads;
 }
 
-int64_t stage(const py::object& source, const py::object& index, const py::object& out, const py::object& norms,
-              const py::object& finite, int threads) {
+int64_t stage(const py::object& source, const py::object& index, const py::object& out,
+              const py::object& norms, const py::object& finite, int threads) {
     Stage job{};
     job.source = activations(array("stage: source", source));
     const int64_t D = job.source.cols;
@@ -109,8 +115,8 @@ int64_t stage(const py::object& source, const py::object& index, const py::objec
     return bad;
 }
 
-void label_sums(const py::object& rows, const py::object& labels, const py::object& weights, const py::object& shift,
-                const py::object& sums, const py::object& squares, int threads) {
+void label_sums(const py::object& rows, const py::object& labels, const py::object& weights,
+                const py::object& shift, const py::object& sums, const py::object& squares, int threads) {
     LabelSums job{};
     job.rows = activations(array("label_sums: rows", rows));
     const int64_t N = job.rows.rows, D = job.rows.cols;
@@ -121,7 +127,8 @@ void label_sums(const py::object& rows, const py::object& labels, const py::obje
     const int64_t K = totals.view.rows;
     if (K == 0) throw std::invalid_argument("label_sums: sums must have K >= 1 rows, got 0");
     job.sums = expect_out(totals, {DType::float64}, K, D);
-    if (!squares.is_none()) job.squares = expect_out(array("label_sums: squares", squares), {DType::float64}, K, D);
+    if (!squares.is_none())
+        job.squares = expect_out(array("label_sums: squares", squares), {DType::float64}, K, D);
     job.threads = checked("label_sums", threads);
 
     py::gil_scoped_release release;
@@ -136,12 +143,14 @@ void gram(const py::object& rows, const py::object& weights, const py::object& s
     const int64_t N = job.rows.rows, D = job.rows.cols, P = (D + TILE - 1) / TILE;
     job.weights = vector_or_null<double>("gram: weights", weights, DType::float64, N);
     job.shift = elements<const double>(expect(array("gram: shift", shift), {DType::float64}, 1, D));
-    const Array packed = array("gram: tiles", tiles);
+    const Array packed = array("gram: tiles, as rows,", tiles);
     const int64_t T = P * (P + 1) / 2;  // a row is a tile, or a row of a tile
     const bool by_tile = packed.view.cols == TILE * TILE;
-    job.tiles = elements<double>(expect_out(packed, {DType::float64}, by_tile ? T : T * TILE, by_tile ? TILE * TILE : TILE));
+    job.tiles = elements<double>(
+        expect_out(packed, {DType::float64}, by_tile ? T : T * TILE, by_tile ? TILE * TILE : TILE));
     if (packed.view.stride != packed.view.cols)
-        throw std::invalid_argument("gram: tiles must be contiguous, got row stride " + std::to_string(packed.view.stride));
+        throw std::invalid_argument("gram: tiles must be contiguous, got row stride " +
+                                    std::to_string(packed.view.stride));
     job.threads = checked("gram", threads);
 
     py::gil_scoped_release release;
@@ -167,7 +176,7 @@ void project(const py::object& rows, const py::object& readers, const py::object
     job.threads = checked("project", threads);
 
     py::gil_scoped_release release;
-    if (N > 0) kernels().project(job);
+    kernels().project(job);
 }
 
 void steer_add(const py::object& rows, const py::object& delta, const py::object& out, int threads) {
@@ -191,7 +200,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("TILE") = TILE;
     m.attr("CHAIN") = CHAIN;
     m.attr("BLOCK_CHAINS") = BLOCK_CHAINS;
-    m.def("stage", stage, arg("source"), arg("index"), arg("out"), arg("norms"), arg("finite"), arg("threads"));
+    m.def("stage", stage, arg("source"), arg("index"), arg("out"), arg("norms"), arg("finite"),
+          arg("threads"));
     m.def("label_sums", label_sums, arg("rows"), arg("labels"), arg("weights"), arg("shift"), arg("sums"),
           arg("squares"), arg("threads"));
     m.def("gram", gram, arg("rows"), arg("weights"), arg("shift"), arg("tiles"), arg("threads"));

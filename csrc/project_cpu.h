@@ -1,3 +1,4 @@
+// Scores: every row against every reader.
 #pragma once
 
 namespace emocore {
@@ -6,109 +7,146 @@ namespace {
 // Rows that share one read of the readers.
 constexpr int64_t PROJECT_ROWS = 48;
 
-// y = x - centre over one chain of columns, then zeros to a whole vector; returns sum y^2.
-// x, centre: [depth], y: [CHAIN] in A;  float64 accumulators.
+// y = x - centre over one chain of columns, then zeros to a whole vector.
+// x, centre: [depth], y: [CHAIN] in A.
 template <class A, class T>
-double centre_row(const T* x, const A* centre, int64_t depth, A* y) {
-    constexpr int64_t L = LANES<A>, W = LANES<double>;
+void centre_row(const T* x, const A* centre, int64_t depth, A* y) {
+    constexpr int64_t L = LANES<A>;
     int64_t d = 0;
-    for (; d + L <= depth; d += L) store(y + d, load<A>(x + d) - load<A>(centre + d));
+    for (; d + L <= depth; d += L) {
+        // The rows beside this one come first: ask for its next chain before the stream is forgotten.
+        if (d * sizeof(T) % 64 == 0) __builtin_prefetch(x + d + CHAIN);
+        store(y + d, load<A>(x + d) - load<A>(centre + d));
+    }
     if (d < depth) store(y + d, load_some<A>(x + d, depth - d) - load_some<A>(centre + d, depth - d));
-    const A* values = y;
+}
+
+// sum y^2, float64 accumulators.    y: [depth] in A, zero to a whole vector.
+template <class A>
+double sum_squares(const A* y, int64_t depth) {
+    constexpr int64_t W = LANES<double>;
     Vector<double> even{}, odd{};
-    for (d = 0; d < depth; d += 2 * W) {
-        const Vector<double> a = load<double>(values + d);
+    for (int64_t d = 0; d < depth; d += 2 * W) {
+        const Vector<double> a = load<double>(y + d);
         even = fma(a, a, even);
         if (d + W >= depth) break;
-        const Vector<double> b = load<double>(values + d + W);
+        const Vector<double> b = load<double>(y + d + W);
         odd = fma(b, b, odd);
     }
     return total(even + odd);
 }
 
-// scores[a, k] (+)= y_a . v_k over one chain of columns, for a < ROWS, k < READERS: LANES partial sums in A.
-// y: [ROWS, CHAIN], zero past depth;  readers: [READERS, depth];  scores: [ROWS, stride].
+// One chain of columns of some rows against some readers.
+template <class A, class R>
+struct Dots {
+    const A* y;        // [rows, CHAIN], zero past depth
+    const R* readers;  // [K, reader_stride]
+    int64_t reader_stride;
+    int64_t depth;
+    A* scores;  // [rows, score_stride]
+    int64_t score_stride;
+    bool add;
+};
+
+// scores[row + a, k + b] (+)= y[row + a] . readers[k + b], a < ROWS, b < READERS: LANES partial sums in A.
 template <class A, class R, int64_t ROWS, int64_t READERS>
-void dot_block(const A* y, const R* readers, int64_t reader_stride, int64_t depth, A* scores, int64_t stride, bool add) {
+void dot_block(const Dots<A, R>& dots, int64_t row, int64_t k) {
     constexpr int64_t L = LANES<A>;
+    const A* y = dots.y + row * CHAIN;
+    const R* readers = dots.readers + k * dots.reader_stride;
+    const int64_t stride = dots.reader_stride, depth = dots.depth;
     Vector<A> sum[ROWS][READERS] = {};
     int64_t d = 0;
     for (; d + L <= depth; d += L) {
-        for (int64_t k = 0; k < READERS; ++k) {
-            const Vector<A> v = load<A>(readers + k * reader_stride + d);
-            for (int64_t a = 0; a < ROWS; ++a) sum[a][k] = fma(load<A>(y + a * CHAIN + d), v, sum[a][k]);
+        for (int64_t b = 0; b < READERS; ++b) {
+            const Vector<A> v = load<A>(readers + b * stride + d);
+            for (int64_t a = 0; a < ROWS; ++a) sum[a][b] = fma(load<A>(y + a * CHAIN + d), v, sum[a][b]);
         }
     }
-    for (int64_t k = 0; d < depth && k < READERS; ++k) {
-        const Vector<A> v = load_some<A>(readers + k * reader_stride + d, depth - d);
-        for (int64_t a = 0; a < ROWS; ++a) sum[a][k] = fma(load<A>(y + a * CHAIN + d), v, sum[a][k]);
+    for (int64_t b = 0; d < depth && b < READERS; ++b) {
+        const Vector<A> v = load_some<A>(readers + b * stride + d, depth - d);
+        for (int64_t a = 0; a < ROWS; ++a) sum[a][b] = fma(load<A>(y + a * CHAIN + d), v, sum[a][b]);
     }
     for (int64_t a = 0; a < ROWS; ++a) {
-        for (int64_t k = 0; k < READERS; ++k) {
-            A& score = scores[a * stride + k];
-            score = add ? score + total(sum[a][k]) : total(sum[a][k]);
+        for (int64_t b = 0; b < READERS; ++b) {
+            A& score = dots.scores[(row + a) * dots.score_stride + k + b];
+            score = dots.add ? score + total(sum[a][b]) : total(sum[a][b]);
         }
     }
 }
 
 template <class A, class R, int64_t READERS>
-void dot_rows(const A* y, int64_t count, const R* readers, int64_t reader_stride, int64_t depth, A* scores,
-              int64_t stride, bool add) {
-    int64_t a = 0;
-    for (; a + 3 <= count; a += 3)
-        dot_block<A, R, 3, READERS>(y + a * CHAIN, readers, reader_stride, depth, scores + a * stride, stride, add);
-    for (; a < count; ++a)
-        dot_block<A, R, 1, READERS>(y + a * CHAIN, readers, reader_stride, depth, scores + a * stride, stride, add);
+void dot_rows(const Dots<A, R>& dots, int64_t rows, int64_t k) {
+    int64_t row = 0;
+    for (; row + 3 <= rows; row += 3) dot_block<A, R, 3, READERS>(dots, row, k);
+    for (; row < rows; ++row) dot_block<A, R, 1, READERS>(dots, row, k);
 }
 
-// scores / norm, one rounding.
+// 3 rows by 4 readers: 12 sums, 3 rows and a reader fill AVX2's 16 registers.
+template <class A, class R>
+void dot_all(const Dots<A, R>& dots, int64_t rows, int64_t K) {
+    int64_t k = 0;
+    for (; k + 4 <= K; k += 4) dot_rows<A, R, 4>(dots, rows, k);
+    for (; k < K; ++k) dot_rows<A, R, 1>(dots, rows, k);
+}
+
+// scores / norm, one rounding; the scores of a zero row are zeros already.
 template <class A, class O>
-void write_scores(const A* scores, int64_t count, double norm, O* out) {
-    for (int64_t k = 0; k < count; ++k)
-        out[k] = static_cast<O>(norm > 0 ? static_cast<double>(scores[k]) / norm : static_cast<double>(scores[k]));
+void write_scores(const A* scores, int64_t K, double norm, O* out) {
+    for (int64_t k = 0; k < K; ++k) {
+        const double score = scores[k];
+        out[k] = static_cast<O>(norm > 0 ? score / norm : score);
+    }
+}
+
+// Rows [first, first + count) against readers [k, k + K).    y: [count, CHAIN], scores: [count, K].
+template <class A, class T, class R>
+void project_band(const Project& job, const A* centre, int64_t first, int64_t count, int64_t k, int64_t K,
+                  A* y, A* scores) {
+    const int64_t D = job.rows.cols;
+    double squares[PROJECT_ROWS] = {};
+    for (int64_t d = 0; d < D; d += CHAIN) {
+        const int64_t depth = least(CHAIN, D - d);
+        for (int64_t a = 0; a < count; ++a) {
+            centre_row(row_of<const T>(job.rows, first + a) + d, centre + d, depth, y + a * CHAIN);
+            if (job.normalise) squares[a] += sum_squares(y + a * CHAIN, depth);
+        }
+        const R* readers = row_of<const R>(job.readers, k) + d;
+        dot_all(Dots<A, R>{y, readers, job.readers.stride, depth, scores, K, d > 0}, count, K);
+    }
+    for (int64_t a = 0; a < count; ++a) {
+        const double norm = job.normalise ? std::sqrt(squares[a]) : 1.0;
+        const A* row = scores + a * K;
+        if (job.out.dtype == DType::float64)
+            write_scores(row, K, norm, row_of<double>(job.out, first + a) + k);
+        else
+            write_scores(row, K, norm, row_of<float>(job.out, first + a) + k);
+    }
 }
 
 // out[r, k] = (x_r - c) . v_k, over |x_r - c| when normalise.
-// rows: [N, D], readers: [K, D], centre: [D], out: [N, K];  LANES partial sums in A along a chain of CHAIN columns,
-// chains in A. Every score is summed in the same order whatever rows and readers stand beside it.
+// rows: [N, D], readers: [K, D], centre: [D], out: [N, K];  A sums LANES partial sums along chains of CHAIN
+// columns, then the chains: in the same order whatever rows and readers stand beside.
 template <class A, class T, class R>
 void project_rows(const Project& job) {
     const int64_t N = job.rows.rows, D = job.rows.cols, K = job.readers.rows;
+    if (N == 0) return;
     const int threads = team(job.threads, N * D * ceil_div(K, 8));
-    // Few rows: the readers are shared out instead.
+    // Threads share out bands of rows; where those are few, groups of readers too.
     const int64_t height = least(PROJECT_ROWS, ceil_div(N, threads)), bands = ceil_div(N, height);
     const int64_t width = ceil_div(ceil_div(K, ceil_div(threads, bands)), 4) * 4, groups = ceil_div(K, width);
 
-    const Scratch centre_memory(D * sizeof(A)), row_memory(threads * PROJECT_ROWS * CHAIN * sizeof(A));
-    const Scratch score_memory(threads * PROJECT_ROWS * width * sizeof(A));
+    const Scratch centre_memory(D * sizeof(A)), y_memory(threads * height * CHAIN * sizeof(A));
+    const Scratch score_memory(threads * height * width * sizeof(A));
     A* centre = array<A>(centre_memory);
     for (int64_t d = 0; d < D; ++d) centre[d] = job.centre ? static_cast<A>(job.centre[d]) : 0;
 
     parallel(threads, bands * groups, [&](int member, int64_t part) {
-        const int64_t first = part / groups * height, count = least(height, N - first);
-        const int64_t k0 = part % groups * width, readers = least(width, K - k0);
-        A* y = array<A>(row_memory) + member * PROJECT_ROWS * CHAIN;
-        A* scores = array<A>(score_memory) + member * PROJECT_ROWS * width;
-        double squares[PROJECT_ROWS] = {};
-        for (int64_t start = 0; start < D; start += CHAIN) {
-            const int64_t depth = least(CHAIN, D - start);
-            for (int64_t a = 0; a < count; ++a) {
-                const T* x = row_of<const T>(job.rows, first + a) + start;
-                squares[a] += centre_row(x, centre + start, depth, y + a * CHAIN);
-            }
-            const R* v = row_of<const R>(job.readers, k0) + start;
-            int64_t k = 0;
-            for (; k + 4 <= readers; k += 4, v += 4 * job.readers.stride)
-                dot_rows<A, R, 4>(y, count, v, job.readers.stride, depth, scores + k, width, start > 0);
-            for (; k < readers; ++k, v += job.readers.stride)
-                dot_rows<A, R, 1>(y, count, v, job.readers.stride, depth, scores + k, width, start > 0);
-        }
-        for (int64_t a = 0; a < count; ++a) {
-            const double norm = job.normalise ? std::sqrt(squares[a]) : 1.0;
-            const A* row = scores + a * width;
-            if (job.out.dtype == DType::float64) write_scores(row, readers, norm, row_of<double>(job.out, first + a) + k0);
-            else write_scores(row, readers, norm, row_of<float>(job.out, first + a) + k0);
-        }
+        const int64_t first = part / groups * height, k = part % groups * width;
+        A* y = array<A>(y_memory) + member * height * CHAIN;
+        A* scores = array<A>(score_memory) + member * height * width;
+        project_band<A, T, R>(job, centre, first, least(height, N - first), k, least(width, K - k), y,
+                              scores);
     });
 }
 
@@ -116,8 +154,10 @@ void project(const Project& job) {
     with_element(job.rows.dtype, [&](auto element) {
         using T = decltype(element);
         using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-        if (job.readers.dtype == DType::float64) project_rows<double, T, double>(job);
-        else project_rows<A, T, float>(job);
+        if (job.readers.dtype == DType::float64)
+            project_rows<double, T, double>(job);
+        else
+            project_rows<A, T, float>(job);
     });
 }
 

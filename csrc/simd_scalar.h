@@ -19,8 +19,10 @@ inline float widen(BFloat16 x) {
 
 template <class A, class T>
 inline A load(const T* x) {
-    if constexpr (sizeof(T) == sizeof(BFloat16)) return widen(*x);
-    else return static_cast<A>(*x);
+    if constexpr (sizeof(T) == sizeof(BFloat16))
+        return widen(*x);
+    else
+        return static_cast<A>(*x);
 }
 
 inline void store(double* out, double x) { *out = x; }

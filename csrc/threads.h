@@ -5,10 +5,11 @@
 
 namespace emocore {
 
-// Calls body(context, member, part) once for every part in [0, parts), with 0 <= member < threads and no member
-// twice at a time. Parts are handed out one by one, so a team that turns out smaller still does all the work;
-// what a part computes must not depend on who computes it. The body must not throw.
-void run_parts(int threads, int64_t parts, void (*body)(void* context, int member, int64_t part), void* context);
+// Calls body(context, member, part) once for every part in [0, parts), with 0 <= member < threads and no
+// member twice at a time. Parts are handed out one by one, so a team that turns out smaller still does all
+// the work; what a part computes must not depend on who computes it. The body must not throw.
+void run_parts(int threads, int64_t parts, void (*body)(void* context, int member, int64_t part),
+               void* context);
 
 // Path of the libgomp in use, "" when none is loaded (our own pool serves then).
 std::string openmp_path();

@@ -1,3 +1,4 @@
+# ruff: noqa: N999
 """The CPU kernels. Formulas, shapes and accumulators: DESIGN.md, "Numerical contract", and `csrc/*_cpu.h`.
 
 A NumPy array is seen as rows of its last axis, which is contiguous; one axis is one row. The tuple
@@ -6,6 +7,8 @@ A NumPy array is seen as rows of its last axis, which is contiguous; one axis is
 Raises ValueError for a shape or dtype, IndexError for an index or label, before anything is written.
 """
 
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,10 +16,10 @@ TILE: int
 CHAIN: int
 BLOCK_CHAINS: int
 
-type Memory = tuple[int, str, int, int, int]
-type Activations = NDArray[np.float64] | NDArray[np.float32] | Memory
-type Reals = NDArray[np.float64] | NDArray[np.float32] | Memory
-type Float64s = NDArray[np.float64] | Memory
+Memory: TypeAlias = tuple[int, str, int, int, int]
+Activations: TypeAlias = NDArray[np.float64] | NDArray[np.float32] | Memory
+Reals: TypeAlias = NDArray[np.float64] | NDArray[np.float32] | Memory
+Float64s: TypeAlias = NDArray[np.float64] | Memory
 
 def stage(
     source: Activations,
@@ -26,7 +29,7 @@ def stage(
     finite: NDArray[np.uint8] | Memory,
     threads: int,
 ) -> int:
-    """out[j] = source[index[j]] with its norm; a row that is not finite becomes zeros. Returns how many did."""
+    """out[j] = source[index[j]] with its norm; a row not finite becomes zeros. Returns how many did."""
 
 def label_sums(
     rows: Activations,

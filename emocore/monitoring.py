@@ -174,8 +174,9 @@ class Watcher:
         before = track.tokens
         values = track.step(z, self.monitor.alpha)
         ema = values["ema"]
-        self.ema_sum += ema.sum(0)
-        self.ema_square += (ema * ema).sum(0)
+        # not in place: a monitor may be made inside inference_mode and updated outside
+        self.ema_sum = self.ema_sum + ema.sum(0)
+        self.ema_square = self.ema_square + (ema * ema).sum(0)
         self.ema_count += len(ema)
         for name, rule in self.monitor.alarm_rules.items():
             (k,) = self.vectors.index([name])

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -172,8 +173,18 @@ NATIVE_CPU: dict[str, Callable[..., Any]] = {
 }
 
 
+TRITON = {"steer_add": "steering", "steer_add_": "steering"}  # op: its file in kernels/
+
+
+def _triton(op: str) -> Callable[..., Any] | None:
+    """The Triton implementation of an op, None where it has none or Triton is not installed."""
+    if op not in TRITON or importlib.util.find_spec("triton") is None:
+        return None
+    return cast(Callable[..., Any], getattr(importlib.import_module(f"emocore.kernels.{TRITON[op]}"), op))
+
+
 def implementations() -> dict[str, dict[str, str]]:
-    """What runs where: {op: {"cpu": ..., "cuda": ...}}, each "native (<instruction set>)" or "reference".
+    """What runs where: {op: {"cpu": ..., "cuda": ...}}, each "native (<instruction set>)", "triton" or "reference".
 
     >>> implementations()["steer_set"]["cuda"]
     'reference'
@@ -183,7 +194,8 @@ def implementations() -> dict[str, dict[str, str]]:
         cpu = "reference"
         if op in NATIVE_CPU and _forced != "reference":
             cpu = f"native ({native().isa()})"
-        table[op] = {"cpu": cpu, "cuda": "reference"}
+        gpu = "triton" if _forced != "reference" and _triton(op) else "reference"
+        table[op] = {"cpu": cpu, "cuda": gpu}
     return table
 
 
@@ -217,9 +229,7 @@ def use(name: str) -> contextlib.AbstractContextManager[None]:
         return _restoring(before, None)
     known = native().isas()
     if name not in known:
-        raise ArgumentError(
-            "name: unknown implementation", got=name, way_out=near(name, ["auto", "reference", *known])
-        )
+        raise ArgumentError("name: unknown implementation", got=name, way_out=near(name, ["auto", "reference", *known]))
     isa = native().isa()
     _set(None, name)
     return _restoring(before, isa)
@@ -234,14 +244,21 @@ def _cpu(op: str) -> Callable[..., Any]:
     return serve
 
 
+def _cuda(op: str) -> Callable[..., Any]:
+    def serve(*args: Any) -> Any:
+        kernel = None if _forced == "reference" else _triton(op)
+        return (kernel or REFERENCE[op])(*args)
+
+    return serve
+
+
 # --- registration
 
 _library = torch.library.Library("emocore", "DEF")
 for _op, _schema in SCHEMAS.items():
     _library.define(_op + _schema)
     _library.impl(_op, _cpu(_op), "CPU")
-    # what has no kernel on a device is served there by the reference
-    _library.impl(_op, REFERENCE[_op], "CUDA")
+    _library.impl(_op, _cuda(_op), "CUDA")
 
 
 def _fake_project(rows: Tensor, readers: Tensor, centre: Tensor | None, normalise: bool) -> Tensor:
@@ -301,13 +318,9 @@ def _steer_set_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (g - (g @ dual.T) @ basis).to(grad.dtype), None, None, None
 
 
-torch.library.register_autograd(
-    "emocore::project", _project_backward, setup_context=_keep_project, lib=_library
-)
+torch.library.register_autograd("emocore::project", _project_backward, setup_context=_keep_project, lib=_library)
 torch.library.register_autograd("emocore::steer_add", _steer_add_backward, lib=_library)
-torch.library.register_autograd(
-    "emocore::steer_set", _steer_set_backward, setup_context=_keep_steer_set, lib=_library
-)
+torch.library.register_autograd("emocore::steer_set", _steer_set_backward, setup_context=_keep_steer_set, lib=_library)
 
 # --- the calls, typed
 

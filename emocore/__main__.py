@@ -1,0 +1,5 @@
+"""`python -m emocore`."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,225 @@
+"""The 171 emotion words in the ten clusters of the founding study, from most to least positive."""
+
+from __future__ import annotations
+
+CLUSTERS: dict[str, tuple[str, ...]] = {
+    "Exuberant Joy": (
+        "blissful",
+        "cheerful",
+        "delighted",
+        "eager",
+        "ecstatic",
+        "elated",
+        "energized",
+        "enthusiastic",
+        "euphoric",
+        "excited",
+        "exuberant",
+        "happy",
+        "invigorated",
+        "joyful",
+        "jubilant",
+        "optimistic",
+        "pleased",
+        "stimulated",
+        "thrilled",
+        "vibrant",
+    ),
+    "Peaceful Contentment": (
+        "at ease",
+        "calm",
+        "content",
+        "patient",
+        "peaceful",
+        "refreshed",
+        "relaxed",
+        "safe",
+        "serene",
+    ),
+    "Compassionate Gratitude": (
+        "compassionate",
+        "empathetic",
+        "fulfilled",
+        "grateful",
+        "hope",
+        "hopeful",
+        "inspired",
+        "kind",
+        "loving",
+        "rejuvenated",
+        "relieved",
+        "satisfied",
+        "sentimental",
+        "sympathetic",
+        "thankful",
+    ),
+    "Competitive Pride": (
+        "greedy",
+        "proud",
+        "self-confident",
+        "smug",
+        "spiteful",
+        "triumphant",
+        "valiant",
+        "vengeful",
+        "vindictive",
+    ),
+    "Playful Amusement": (
+        "amused",
+        "playful",
+    ),
+    "Depleted Disengagement": (
+        "bored",
+        "depressed",
+        "docile",
+        "droopy",
+        "indifferent",
+        "lazy",
+        "listless",
+        "resigned",
+        "restless",
+        "sleepy",
+        "sluggish",
+        "sullen",
+        "tired",
+        "weary",
+        "worn out",
+    ),
+    "Vigilant Suspicion": (
+        "paranoid",
+        "suspicious",
+        "vigilant",
+    ),
+    "Hostile Anger": (
+        "angry",
+        "annoyed",
+        "contemptuous",
+        "defiant",
+        "disdainful",
+        "enraged",
+        "exasperated",
+        "frustrated",
+        "furious",
+        "grumpy",
+        "hateful",
+        "hostile",
+        "impatient",
+        "indignant",
+        "insulted",
+        "irate",
+        "irritated",
+        "mad",
+        "obstinate",
+        "offended",
+        "outraged",
+        "resentful",
+        "scornful",
+        "skeptical",
+        "stubborn",
+    ),
+    "Fear and Overwhelm": (
+        "afraid",
+        "alarmed",
+        "alert",
+        "amazed",
+        "anxious",
+        "aroused",
+        "astonished",
+        "awestruck",
+        "bewildered",
+        "disgusted",
+        "disoriented",
+        "distressed",
+        "disturbed",
+        "dumbstruck",
+        "embarrassed",
+        "frightened",
+        "horrified",
+        "hysterical",
+        "mortified",
+        "mystified",
+        "nervous",
+        "on edge",
+        "overwhelmed",
+        "panicked",
+        "perplexed",
+        "puzzled",
+        "rattled",
+        "scared",
+        "self-conscious",
+        "sensitive",
+        "shaken",
+        "shocked",
+        "stressed",
+        "surprised",
+        "tense",
+        "terrified",
+        "uneasy",
+        "unnerved",
+        "unsettled",
+        "upset",
+        "worried",
+    ),
+    "Despair and Shame": (
+        "ashamed",
+        "bitter",
+        "brooding",
+        "dependent",
+        "desperate",
+        "dispirited",
+        "envious",
+        "gloomy",
+        "grief-stricken",
+        "guilty",
+        "heartbroken",
+        "humiliated",
+        "hurt",
+        "infatuated",
+        "jealous",
+        "lonely",
+        "melancholy",
+        "miserable",
+        "nostalgic",
+        "reflective",
+        "regretful",
+        "remorseful",
+        "sad",
+        "self-critical",
+        "sorry",
+        "stuck",
+        "tormented",
+        "trapped",
+        "troubled",
+        "unhappy",
+        "vulnerable",
+        "worthless",
+    ),
+}
+
+WORDS: tuple[str, ...] = tuple(word for words in CLUSTERS.values() for word in words)
+
+# Clusters whose members agree in sign; the others hold words of both.
+POSITIVE = ("Exuberant Joy", "Peaceful Contentment", "Compassionate Gratitude", "Playful Amusement")
+NEGATIVE = ("Hostile Anger", "Fear and Overwhelm", "Despair and Shame")
+
+
+def cluster_of(word: str) -> str:
+    """Name of the cluster that holds `word`; raises KeyError for another word.
+
+    >>> cluster_of("desperate")
+    'Despair and Shame'
+    """
+    return _CLUSTER_OF[word]
+
+
+def valence(word: str) -> int:
+    """+1 or -1 where the word's cluster has a sign, else 0.
+
+    >>> valence("calm"), valence("furious"), valence("greedy")
+    (1, -1, 0)
+    """
+    cluster = _CLUSTER_OF[word]
+    return (cluster in POSITIVE) - (cluster in NEGATIVE)
+
+
+_CLUSTER_OF = {word: cluster for cluster, words in CLUSTERS.items() for word in words}

@@ -1,0 +1,98 @@
+"""The floors of the house: imports only go down. This table is the map."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "emocore"
+
+# One line a floor; within a line a module may import only those before it.
+FLOORS = [
+    ["errors", "precision", "labels", "hookpoints", "linalg", "publishing"],
+    ["reference", "kernels", "_C"],
+    ["ops"],
+    ["tokens", "ledger", "blocks", "sums", "pooling"],
+    ["moments", "rows", "forwards", "capturing"],
+    ["verifying", "directions"],
+    ["steering"],
+    ["monitoring", "store"],
+    ["emotions", "integrations"],
+    ["demo", "cli", "__main__", "__init__"],
+]
+HEIGHT = {name: (floor, place) for floor, row in enumerate(FLOORS) for place, name in enumerate(row)}
+
+
+def parts() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part != "kernels":
+            found.append((part, path))
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Parts of emocore that a file imports outside of `if TYPE_CHECKING`."""
+    package = ("emocore", *path.relative_to(ROOT).parts[:-1])
+    tree = ast.parse(path.read_text())
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("emocore.")}
+
+
+@pytest.mark.parametrize(("part", "path"), parts(), ids=lambda x: x.name if isinstance(x, Path) else x)
+def test_imports_only_go_down(part: str, path: Path) -> None:
+    assert part in HEIGHT, f"{part} has no floor: give it one"
+    # names of the package itself, such as __version__, stand on the ground
+    for other in imported(path) & set(HEIGHT):
+        assert other == part or HEIGHT[other] < HEIGHT[part], f"{path.name} imports {other}, which is not below it"
+
+
+def test_every_listed_module_exists() -> None:
+    listed = {name for row in FLOORS for name in row} - {"_C"}
+    assert listed == {part for part, _ in parts()} | {"kernels"}
+
+
+def test_no_module_bears_the_name_of_a_public_function() -> None:
+    import emocore
+
+    functions = {n for n in emocore.__all__ if callable(getattr(emocore, n))}
+    assert not functions & {part for part, _ in parts()}
+
+
+def test_import_is_light() -> None:
+    """`import emocore` loads neither torch nor anything heavy; using a name loads what it needs and no transformers."""
+    code = (
+        "import sys, emocore; heavy = {'torch', 'h5py', 'transformers', 'numpy', 'triton'} & set(sys.modules);"
+        "assert not heavy, heavy;"
+        "emocore.Moments; assert 'transformers' not in sys.modules and 'h5py' not in sys.modules;"
+        "import torch; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_every_public_name_is_there() -> None:
+    import emocore
+
+    for name in emocore.__all__:
+        assert getattr(emocore, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = emocore.nonsense
+    assert set(emocore.__all__) <= set(dir(emocore))
