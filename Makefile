@@ -2,12 +2,13 @@
 # make demo    from a real model to emotion vectors, printing every figure (MODEL=folder for another model)
 # make test    style, types and all tests, as CI runs them
 # make bench   the benchmarks
+# make corpus  the figures of the default corpus
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: all demo test check bench clean
+.PHONY: all demo test check bench corpus clean
 all: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml constraints.txt .ci/venv
@@ -31,6 +32,9 @@ check: all
 
 bench: all
 	@$(BIN)/pytest benchmarks --benchmark-only
+
+corpus: all
+	@$(BIN)/python benchmarks/corpus_report.py
 
 clean:
 	rm -rf $(VENV) build emocore/_C*.so *.egg-info

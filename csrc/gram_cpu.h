@@ -28,18 +28,20 @@ class GramRun {
     }
 
     void run() {
+        // A round packs a group of chains in pieces, then multiplies it in strips.
         constexpr int64_t PIECES = CHAIN / PACK_ROWS;
-        for (int64_t start = 0; start < chains; start += group) {
-            const int64_t stop = least(chains, start + group);
-            parallel(threads_, (stop - start) * PIECES, [&](int, int64_t part) {
-                pack(start + part / PIECES, part % PIECES * PACK_ROWS, part / PIECES);
-            });
-            // Consecutive parts share the panels of tile column j.
-            parallel(threads_, tiles * tiles * STRIPS, [&](int, int64_t part) {
-                const int64_t strip = part % STRIPS, i = part / STRIPS / tiles, j = part / STRIPS % tiles;
-                if (j <= i && i * STRIPS + strip < panels) multiply_strip(i, j, strip, start, stop);
-            });
-        }
+        const int64_t packs = group * PIECES, round = packs + tiles * tiles * STRIPS;
+        const auto after = [&](int64_t part) {
+            return part - part % round + (part % round < packs ? 0 : packs);
+        };
+        parallel(threads_, ceil_div(chains, group) * round, after, [&](int, int64_t part) {
+            const int64_t start = part / round * group, stop = least(chains, start + group);
+            const int64_t piece = part % round, strip = piece - packs;
+            if (piece >= packs)
+                multiply_strip(strip / STRIPS / tiles, strip / STRIPS % tiles, strip % STRIPS, start, stop);
+            else if (start + piece / PIECES < stop)
+                pack(start + piece / PIECES, piece % PIECES * PACK_ROWS, piece / PIECES);
+        });
     }
 
   private:
@@ -73,9 +75,10 @@ class GramRun {
         }
     }
 
-    // One panel of tile row i against the panels of tile column j, over the packed chains.
+    // One panel of tile row i against the panels of tile column j, which consecutive strips share.
     void multiply_strip(int64_t i, int64_t j, int64_t strip, int64_t start, int64_t stop) const {
         const int64_t a = i * STRIPS + strip, first = j * STRIPS, last = least(a + 1, first + STRIPS);
+        if (j > i || a >= panels) return;
         A own[STRIPS * BLOCK];
         // A block of chains that the next group continues is kept between the groups.
         A* blocks = group < chains ? array<A>(block_memory_) + (a * (a + 1) / 2 + first) * BLOCK : own;
@@ -103,7 +106,7 @@ class GramRun {
     const int64_t N = job_.rows.rows, D = job_.rows.cols;
     const int64_t panels = ceil_div(D, P), tiles = ceil_div(D, TILE), chains = ceil_div(N, CHAIN);
     const int64_t chain_size = panels * CHAIN_PANEL;
-    const int64_t group = least(chains, most(1, PACKED_BYTES / static_cast<int64_t>(chain_size * sizeof(A))));
+    const int64_t group = most(1, least(chains, PACKED_BYTES / static_cast<int64_t>(chain_size * sizeof(A))));
     const int threads_;
     const Scratch shift_memory_, packed_memory_, block_memory_;
 };

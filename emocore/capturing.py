@@ -2,7 +2,7 @@
 
 A forward is a transaction. The root's pre-hook begins it, each hook point stages its rows, the root's post-hook commits
 them all. A forward that an exception leaves open is rolled back by the next begin, or by leaving the tap: nothing of it
-reaches a sink.
+reaches a sink. What fires inside a backward is recomputation by activation checkpointing: counted, not accumulated.
 """
 
 from __future__ import annotations
@@ -12,41 +12,45 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, CaptureError, ShapeError, TokenError
-from .forwards import Batch, Binding, Forward, Observed, Staged
-from .hookpoints import HookSpec, read_output, resolve
+from .batches import Batch, Call
+from .errors import ArgumentError, CaptureError, TokenError
+from .forwards import Forward
+from .hookpoints import HookSpec, read_output, resolve, token_ids
 from .labels import Labels
-from .ledger import Ledger
-from .pooling import Pool
+from .sinks import Binding, Bound, bind, check_sinks, is_factory
 from .tokens import Spans, Tokens
 
-Bound: TypeAlias = Any  # a sink, (sink, Tokens), a list of either, or a factory of any of these
-
-_open_batches: ContextVar[Mapping[int, Batch]] = ContextVar("emocore_open_batches", default={})
+_open_batches: ContextVar[Mapping[int, Batch] | None] = ContextVar("emocore_open_batches", default=None)
 
 
 class Tap:
     """An open capture: `batch` says whose rows come next, `sinks` and `ledger` hold what came. Made by `capture`."""
 
     def __init__(
-        self, model: nn.Module, points: dict[str, list[Binding]], sinks: dict[str, Any], fires: int, optional: bool
+        self,
+        model: nn.Module,
+        points: dict[str, list[Binding]],
+        sinks: dict[str, Any],
+        fires: int,
+        optional: bool,
+        training: bool | None,
     ) -> None:
         self.model = model
         self.sinks = sinks
+        self.committed = 0
         self._points = points
-        self._fires, self._optional = fires, optional
+        self._fires, self._optional, self._training = fires, optional, training
         self._modules = dict(model.named_modules())
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._forwards: dict[int, Forward] = {}
+        self._forwards: dict[int, Forward | None] = {}  # by thread; None is one that is not to be captured
         self._batches: list[Batch] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of sinks and ledgers
         self._signature = inspect.signature(model.forward)
-        self.committed = 0
 
     @property
     def ledger(self) -> dict[str, Any]:
@@ -69,31 +73,27 @@ class Tap:
     ) -> Iterator[Batch]:
         """The forwards inside show one batch of sequences: pooled rows close at the end, tokens shown twice count once.
 
-        `labels` are names or ids, one a sequence or one a position; `mask` [B, T] overrides the model's own attention mask;
-        `cu_seqlens` [S + 1] bounds packed sequences; `spans` names ranges of ranks per sequence for Tokens(span=...);
-        `requests` names the sequences for sinks that follow them over many batches.
-        Raises LabelError, ShapeError or TokenError.
+        `labels` are names or ids, one a sequence or one a position; `mask` [B, T] overrides the model's own attention
+        mask; `cu_seqlens` [S + 1] bounds packed sequences; `spans` names ranges of ranks per sequence for
+        Tokens(span=...); `requests` names the sequences for sinks that follow them over many batches.
+        Raises CaptureError, LabelError, ShapeError or TokenError.
         """
+        if not self._handles:
+            raise CaptureError("tap.batch: the capture is not open", way_out="Use it inside `with capture(...)`.")
         batch = Batch(labels, mask, cu_seqlens, spans, requests)
-        for bindings in self._points.values():
-            for binding in bindings:
-                batch.ids(binding.labels)
-        token = _open_batches.set({**_open_batches.get(), id(self): batch})
+        self._check_labels(batch)
+        token = _open_batches.set({**(_open_batches.get() or {}), id(self): batch})
         self._batches.append(batch)
         try:
-            yield batch
-        except BaseException:
-            self._close(batch, keep=False)
-            raise
-        else:
-            self._close(batch, keep=True)
+            with self._closing(batch):
+                yield batch
         finally:
             self._batches.remove(batch)
             _open_batches.reset(token)
 
     def _current(self) -> Batch | None:
         """The batch of this context, else the one open batch (threads that a library starts have no context)."""
-        batch = _open_batches.get().get(id(self))
+        batch = (_open_batches.get() or {}).get(id(self))
         if batch is None and len(self._batches) > 1:
             raise CaptureError(
                 "tap.batch: several batches are open and this thread belongs to none",
@@ -101,22 +101,53 @@ class Tap:
             )
         return batch or (self._batches[0] if self._batches else None)
 
+    def _check_labels(self, batch: Batch) -> None:
+        for bindings in self._points.values():
+            for binding in bindings:
+                batch.ids(binding.labels)
+
+    @contextlib.contextmanager
+    def _closing(self, batch: Batch) -> Iterator[None]:
+        """Form the pooled rows of a batch at its end; those of one that an exception ended are dropped."""
+        try:
+            yield
+        except BaseException:
+            self._close(batch, keep=False)
+            raise
+        self._close(batch, keep=True)
+
+    def _close(self, batch: Batch, keep: bool) -> None:
+        pools, batch.pools = batch.pools, {}
+        failed: BaseException | None = None
+        with self._lock, _outside_autograd():
+            for binding, pool in pools.items():
+                try:
+                    binding.form(pool.close(), batch.ids(binding.labels), keep and failed is None)
+                except BaseException as error:
+                    failed = error
+        if failed is not None:
+            raise failed
+
     # --- begin, stage, commit
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._roll_back(threading.get_ident())
-        given = self._given(args, kwargs)
+        if _in_backward():
+            return
+        thread = threading.get_ident()
+        self._roll_back(thread)
+        if self._training not in (None, module.training):
+            self._forwards[thread] = None
+            return
         batch = self._current()
-        mask = given.get("attention_mask")
-        if batch is not None and batch.mask is not None:
-            mask = batch.mask
-        if mask is None and (batch is None or batch.cu_seqlens is None):
+        implicit = batch is None
+        batch = batch or Batch()
+        given = self._given(args, kwargs)
+        call = Call.of(given, batch)
+        if call.mask is None and batch.cu_seqlens is None:
             self._check_padding(given.get("input_ids"))
-        forward = Forward(batch or Batch(), batch is None, mask, _past_length(given.get("past_key_values")))
-        for bindings in self._points.values():
-            for binding in bindings:
-                forward.batch.ids(binding.labels)
-        self._forwards[threading.get_ident()] = forward
+        batch.check(call)
+        self._check_labels(batch)
+        self._forwards[thread] = Forward(batch, implicit, call, token_ids(self.model, "eos", "pad"))
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -124,63 +155,63 @@ class Tap:
         except TypeError:  # the model's own call will say what is wrong with its arguments
             return kwargs
 
-    def _check_padding(self, input_ids: Tensor | None) -> None:
-        config = getattr(self.model, "config", None)
-        pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
-        if pad is None or pad == eos or not isinstance(input_ids, Tensor):
-            return
-        if bool((input_ids == pad).any()):
-            raise TokenError(
-                f"attention_mask: none was given, yet the batch holds the padding id {pad}",
-                way_out="Pass the tokenizer's attention_mask to the model, or tap.batch(mask=...).",
-            )
+    def _check_padding(self, input_ids: Any) -> None:
+        pads = token_ids(self.model, "pad") - token_ids(self.model, "eos")
+        for pad in pads if isinstance(input_ids, Tensor) else ():
+            if pad in input_ids:
+                raise TokenError(
+                    f"attention_mask: none was given, yet the batch holds the padding id {pad}",
+                    way_out="Pass the tokenizer's attention_mask to the model, or tap.batch(mask=...).",
+                )
 
     def _fire(self, hook_point: str, output: Any) -> None:
         hidden = read_output(output)
-        forward = self._forwards.get(threading.get_ident())
-        if forward is None:
-            self._outside(hook_point, hidden)
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            forward.stage(hook_point, self._points[hook_point], hidden)
-
-    def _outside(self, hook_point: str, hidden: Tensor) -> None:
-        """A fire without an open forward: recomputation by checkpointing in a backward, else a call around the root."""
-        n = hidden.numel() // max(hidden.shape[-1], 1)
-        recompute = _in_backward()
-        for binding in self._points[hook_point]:
-            binding.ledger.tokens.add(offered=n, **{"recomputed" if recompute else "orphan": n})
-        if not recompute:
+        thread = threading.get_ident()
+        if _in_backward():
+            self._count(hook_point, hidden, "recomputed")
+        elif thread not in self._forwards:
+            self._count(hook_point, hidden, "orphan")
             root = type(self.model).__name__
             raise CaptureError(
                 f"hook point {hook_point!r}: ran outside a forward of the captured model",
                 expected=f"a call of {root} itself",
                 way_out=f"Call the {root} that was given to capture, or capture the module that you call.",
             )
+        elif (forward := self._forwards[thread]) is not None:
+            with _outside_autograd():
+                forward.stage(hook_point, self._points[hook_point], hidden)
+
+    def _count(self, hook_point: str, hidden: Tensor, what: str) -> None:
+        n = hidden.shape[:-1].numel()
+        with self._lock:
+            for binding in self._points[hook_point]:
+                binding.ledger.tokens.add(offered=n, **{what: n})
 
     def _commit(self, module: nn.Module, args: Any, output: Any) -> None:
-        forward = self._forwards.get(threading.get_ident())
+        if _in_backward():
+            return
+        thread = threading.get_ident()
+        forward = self._forwards.get(thread)
         if forward is None:
+            self._forwards.pop(thread, None)
             return
         for hook_point in self._points:
             seen = forward.fires.get(hook_point, 0)
             if seen != self._fires and not self._optional:
-                self._roll_back(threading.get_ident())
+                self._roll_back(thread)
                 raise CaptureError(
                     f"hook point {hook_point!r}: did not run as declared in this forward",
                     expected=f"{self._fires} time(s)",
                     got=seen,
-                    way_out="Give capture(fires=...) for a module that is shared, optional=True for one that may be skipped.",
+                    way_out="Give capture(fires=...) for a module that is shared, optional=True for one that may be "
+                    "skipped; hooks on a model that was compiled before never run.",
                 )
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            del self._forwards[threading.get_ident()]
+        del self._forwards[thread]
+        closing = self._closing(forward.batch) if forward.implicit else contextlib.nullcontext()
+        with closing, self._lock, _outside_autograd():
             self._record(forward)
-            for staged in forward.staged:
-                self._take(forward.batch, staged)
-            forward.batch.seen = forward.shown() if forward.shown() is not None else forward.batch.seen
+            forward.commit()
             self.committed += 1
-        if forward.implicit:
-            self._close(forward.batch, keep=True)
 
     def _record(self, forward: Forward) -> None:
         for hook_point, bindings in self._points.items():
@@ -188,73 +219,23 @@ class Tap:
             for binding in bindings:
                 binding.ledger.fires.add(expected=seen if self._optional else self._fires, seen=seen)
                 binding.ledger.forwards += 1
-                binding.ledger.unmasked += forward.mask is None
-
-    def _take(self, batch: Batch, staged: Staged) -> None:
-        binding, selection = staged.binding, staged.selection
-        bad = len(staged.finite) - int(staged.finite.sum())
-        binding.ledger.tokens.add(
-            offered=selection.offered,
-            masked=selection.masked,
-            skipped=selection.skipped,
-            reseen=selection.reseen,
-            nonfinite=bad,
-            selected=len(staged.rows) - bad,
-        )
-        if binding.rule.pool is not None:
-            if binding not in batch.pools:
-                batch.pools[binding] = Pool(
-                    binding.rule.pool, staged.layout.sequences, staged.rows.shape[1], staged.rows.device
-                )
-            batch.pools[binding].add(
-                staged.rows, selection.sequence, staged.finite, staged.norms, selection.counted
-            )
-            return
-        good = staged.finite
-        rows = staged.rows[good.to(staged.rows.device)] if bad else staged.rows
-        if hasattr(binding.sink, "observe"):
-            rank = staged.layout.rank[selection.index]
-            binding.observe(
-                Observed(
-                    binding.hook_point,
-                    rows,
-                    selection.sequence[good],
-                    rank[good],
-                    staged.layout.sequences,
-                    batch.requests,
-                )
-            )
-            return
-        ids = batch.row_ids(binding.labels, staged.layout, selection)
-        ids = ids[good] if bad and ids is not None else ids
-        binding.hand_over(rows, ids, staged.norms[selection.counted & good])
-
-    def _close(self, batch: Batch, keep: bool) -> None:
-        """Form the pooled rows of a batch; those of a batch that an exception ended are dropped, and counted so."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            for binding, pool in batch.pools.items():
-                pooled = pool.close()
-                counts = binding.ledger.rows
-                lost = {"too_short": pooled.too_short, "nonfinite": pooled.nonfinite}
-                counts.add(formed=sum(lost.values()), **lost)
-                if not keep:
-                    counts.add(formed=len(pooled.rows), dropped=len(pooled.rows))
-                    continue
-                ids = batch.ids(binding.labels)
-                if ids is not None and ids.dim() != 1:
-                    raise ShapeError("labels: of pooled rows", expected="one a sequence", got=list(ids.shape))
-                binding.hand_over(pooled.rows, None if ids is None else ids[pooled.sequence], pooled.norms)
-            batch.pools.clear()
+                binding.ledger.unmasked += forward.unmasked
 
     def _roll_back(self, thread: int) -> None:
         forward = self._forwards.pop(thread, None)
-        for staged in forward.staged if forward else ():
-            n = staged.selection.offered
-            staged.binding.ledger.tokens.add(offered=n, rolled_back=n)
+        if forward is not None:
+            with self._lock:
+                forward.roll_back()
 
     # --- open and close
 
     def __enter__(self) -> Tap:
+        if self._handles:
+            raise CaptureError("capture: this tap is open already", way_out="Make one `capture(...)` for each `with`.")
+        for bindings in self._points.values():
+            for binding in bindings:
+                if hasattr(binding.sink, "tokens"):
+                    binding.sink.tokens = binding.rule
         self._handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name in self._points:
             self._handles.append(self._modules[name].register_forward_hook(_stager(self, name)))
@@ -267,11 +248,17 @@ class Tap:
         self._handles = []
         for thread in list(self._forwards):
             self._roll_back(thread)
+        for batch in self._batches:
+            self._close(batch, keep=False)
         if kind is None:
             self.check()
 
     def check(self) -> None:
-        """Raise unless at least one forward was committed and every ledger adds up."""
+        """Raise unless at least one forward was committed, no batch is open, and every ledger adds up."""
+        if self._batches:
+            raise CaptureError(
+                "tap.batch: still open at the end of the capture", way_out="Close it inside the `with` block."
+            )
         if self.committed == 0:
             raise CaptureError(
                 "capture: no forward of the model was seen",
@@ -290,9 +277,11 @@ def _stager(tap: Tap, hook_point: str) -> Callable[..., None]:
     return stage
 
 
-def _past_length(cache: Any) -> int:
-    length = getattr(cache, "get_seq_length", None)
-    return int(length()) if callable(length) else 0
+@contextlib.contextmanager
+def _outside_autograd() -> Iterator[None]:
+    """Sinks get plain tensors, whatever mode the model runs in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _in_backward() -> bool:
@@ -309,13 +298,16 @@ def capture(
     tokens: Tokens | None = None,
     fires: int = 1,
     optional: bool = False,
+    training: bool | None = None,
 ) -> Tap:
-    """Hand the selected rows of chosen modules to sinks while the `with` block runs the model; the output is untouched.
+    """Hand the selected rows of chosen modules to sinks while the `with` block runs the model; its output is untouched.
 
-    `hook_points` is {hook point: sink}, or a hook point spec beside `sink`: one sink for one module, or a factory called for
-    each. A sink may be a `(sink, Tokens)` pair or a list of them, to take sequence and token statistics in one pass; `tokens`
-    is the rule of the rest. `fires` is how often a module runs in one forward; `optional` modules may be skipped.
-    Raises HookPointError, ArgumentError at once; CaptureError, TokenError, LabelError at a forward; LedgerError at the end.
+    `hook_points` is {hook point: sink}, or a hook point spec beside `sink`: one sink for one module, or a factory
+    called for each. A sink may be a `(sink, Tokens)` pair or a list of them, to take sequence and token statistics in
+    one pass; `tokens` is the rule of the rest. `fires` is how often a module runs in one forward; `optional` modules
+    may be skipped. `training` captures only forwards in training mode (True) or in evaluation mode (False).
+    Raises HookPointError, ArgumentError at once; CaptureError, TokenError, LabelError, ShapeError at a forward;
+    LedgerError at the end.
 
     >>> from emocore.moments import Moments
     >>> model, stats = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), Moments()
@@ -324,55 +316,30 @@ def capture(
     >>> stats.count
     3
     """
+    if fires < 1:
+        raise ArgumentError("fires", expected="at least 1", got=fires)
     rule = tokens or Tokens()
     pairs = hook_points.items() if isinstance(hook_points, Mapping) else [(hook_points, sink)]
     points: dict[str, list[Binding]] = {}
     sinks: dict[str, Any] = {}
     for spec, bound in pairs:
-        names = list(resolve(model, spec))
-        for name in names:
+        for name in resolve(model, spec):
             if name in points:
                 raise ArgumentError(f"hook_points: {name!r} is named twice", way_out="Give a list of sinks for it.")
-            made = bound() if _is_factory(bound) else bound
+            made = bound() if is_factory(bound) else bound
             several = isinstance(made, list)
-            points[name] = [_bind(name, one, rule) for one in (made if several else [made])]
+            points[name] = [bind(name, one, rule) for one in (made if several else [made])]
             found = tuple(b.sink for b in points[name])
             sinks[name] = found if several else found[0]
-    _check_sinks(points)
+    _check_model(model)
+    check_sinks(points)
     order = [name for name, _ in model.named_modules() if name in points]
-    return Tap(model, {n: points[n] for n in order}, {n: sinks[n] for n in order}, fires, optional)
+    return Tap(model, {n: points[n] for n in order}, {n: sinks[n] for n in order}, fires, optional, training)
 
 
-def _is_factory(bound: Bound) -> bool:
-    return isinstance(bound, type) or (callable(bound) and not hasattr(bound, "update") and not hasattr(bound, "observe"))
-
-
-def _bind(hook_point: str, one: Bound, rule: Tokens) -> Binding:
-    sink, rule = one if isinstance(one, tuple) else (one, rule)
-    sink = sink() if _is_factory(sink) else sink
-    if not (hasattr(sink, "update") or hasattr(sink, "observe")):
+def _check_model(model: nn.Module) -> None:
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise ArgumentError(
-            f"sink at {hook_point!r}", expected="an object with update(x, labels)", got=type(sink).__name__
+            f"model: {type(model).__name__} has two token streams, an encoder's and a decoder's",
+            way_out="Give capture the encoder or the decoder; it is captured while the whole model runs.",
         )
-    return Binding(hook_point, sink, rule, getattr(sink, "ledger", None) or Ledger())
-
-
-def _check_sinks(points: Mapping[str, Sequence[Binding]]) -> None:
-    owner: dict[int, str] = {}
-    for hook_point, bindings in points.items():
-        for binding in bindings:
-            before = owner.setdefault(id(binding.sink), hook_point)
-            if before != hook_point or sum(b.sink is binding.sink for b in bindings) > 1:
-                raise ArgumentError(
-                    f"sink: one {type(binding.sink).__name__} is bound twice, at {before!r} and {hook_point!r}",
-                    way_out="Pass a factory, such as `lambda: emocore.Moments()`, to get one for each.",
-                )
-            if hasattr(binding.sink, "tokens"):
-                held = binding.sink.tokens
-                if held is not None and held != binding.rule:
-                    raise ArgumentError(
-                        f"tokens: the sink at {hook_point!r} already holds other rows",
-                        expected=held,
-                        got=binding.rule,
-                    )
-                binding.sink.tokens = binding.rule

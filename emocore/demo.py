@@ -68,6 +68,9 @@ class Demo:
         blocks = block_names(model)
         self.main = blocks[two_thirds(len(blocks))]
         self.late = blocks[-1]
+        self.blocks = blocks
+        # the words alone, before any block has put them in context: what a bag of words would give
+        self.lexical = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
 
     def run(self) -> None:
         """Every step in order."""
@@ -90,7 +93,7 @@ class Demo:
             self.labels,
             [p.text for p in corpus.neutral("fit")],
             groups=self.groups,
-            layers="all",
+            layers=[self.lexical, *self.blocks],
             keep_rows=True,
             progress=self.progress,
         )
@@ -109,7 +112,14 @@ class Demo:
         words = tuple(dict.fromkeys(self.labels))
         texts, named = template_texts(words)
         control = emotions.extract(
-            self.model, self.tokenizer, texts, named, layers="all", skip=0, batch_size=128, progress=self.progress
+            self.model,
+            self.tokenizer,
+            texts,
+            named,
+            layers=[self.lexical, *self.blocks],
+            skip=0,
+            batch_size=128,
+            progress=self.progress,
         )
         judged = evaluation.control(control.fit(), found, self.labels, self.groups)
         shuffled = random.Random(SEED).sample(self.labels, len(self.labels))
@@ -123,7 +133,7 @@ class Demo:
         for name, vectors in found.items():
             rows.append(
                 [
-                    name,
+                    "words alone" if name == self.lexical else name,
                     f"{vectors.provenance['confounds']}",
                     f"{agree[name]:.2f}",
                     f"{geometry.valence_auroc(vectors):.2f}",
@@ -137,6 +147,7 @@ class Demo:
         table(
             ["block", "confounds", "halves", "valence", "difference", "whitened", "named", "shuffled", "top 10"], rows
         )
+        print("words alone: the input embeddings, before any block;")
         print("confounds: neutral components taken out of the difference (50 % of the variance); halves: cosine of")
         print("vectors from one half of the topics with the other; valence: AUC of PC1 between positive and negative")
         print("clusters (chance 0.5); then the mean AUROC over 171 emotions, one topic left out: difference of means,")
@@ -147,6 +158,7 @@ class Demo:
         title("3  Fit and calibrate")
         start = time.perf_counter()
         vectors = found.fit(method="whitened")
+        del vectors[self.lexical]
         vectors = emotions.calibrate(self.model, self.tokenizer, vectors, self.calibration)
         print(f"{len(vectors)} blocks x {len(vectors[self.main])} emotions, whitened, calibrated on")
         count = vectors[self.main].calibration
@@ -247,7 +259,7 @@ class Demo:
         for name, obj in (
             ("emotions.safetensors", vectors),
             ("emotions.h5", vectors),
-            ("moments.safetensors", found.stories),
+            ("moments.safetensors", {name: found.stories[name] for name in self.blocks}),
         ):
             path = self.out / name
             emocore.save(obj, path)

@@ -1,131 +1,29 @@
-"""Forwards: whose tokens are in the model now, and the rows that one open forward has staged."""
+"""Forwards: the rows that one open forward has staged, to be handed over when it ends or counted as rolled back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .errors import LabelError, ShapeError
-from .labels import Labels, encode_labels
-from .ledger import Ledger
+from .batches import Batch, Call
+from .errors import ArgumentError, ShapeError
 from .pooling import Pool
+from .sinks import Binding, Observed
 from .tokens import (
     Layout,
     Selection,
-    Spans,
     Tokens,
     packed_layout,
     padded_layout,
     plain_layout,
     select,
+    without_stops,
 )
-
-
-class Sink(Protocol):
-    """What rows are handed to.
-
-    A sink that has `absorb(rows, ids, norms)` gets the token norms too and counts its rows itself; one that has
-    `observe(observed)` gets every row's sequence and rank instead of its label.
-    """
-
-    def update(self, x: Tensor, labels: Any = None) -> None:
-        """Take rows [N, D] and their label ids [N], or None."""
-
-
-Bound: TypeAlias = Any  # a sink, (sink, Tokens), a list of either, or a factory of any of these
-
-@dataclass(frozen=True, eq=False)
-class Observed:
-    """Finite rows [N, D] of one hook point in one forward, with their sequence [N] in the batch and their rank [N]."""
-
-    hook_point: str
-    rows: Tensor
-    sequence: Tensor
-    rank: Tensor
-    sequences: int
-    requests: Sequence[str] | None
-
-
-@dataclass(eq=False)
-class Binding:
-    """One sink at one hook point, with its token rule and its ledger."""
-
-    hook_point: str
-    sink: Sink
-    rule: Tokens
-    ledger: Ledger = field(default_factory=Ledger)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the labels that the sink keeps; empty for one that keeps none."""
-        return tuple(getattr(self.sink, "labels", ()) or ())
-
-    def observe(self, observed: Observed) -> None:
-        """Give formed, finite rows to a sink that follows sequences."""
-        self.ledger.rows.add(formed=len(observed.rows), accumulated=len(observed.rows))
-        self.sink.observe(observed)  # type: ignore[attr-defined]
-
-    def hand_over(self, rows: Tensor, ids: Tensor | None, norms: Tensor) -> None:
-        """Give formed, finite rows to the sink."""
-        self.ledger.rows.add(formed=len(rows))
-        absorb = getattr(self.sink, "absorb", None)
-        if absorb is not None:
-            absorb(rows, ids, norms)
-            return
-        self.sink.update(rows, ids)
-        self.ledger.rows.add(accumulated=len(rows))
-
-
-class Batch:
-    """The sequences that are in the model now: labels, mask, bounds, spans, request ids, what was shown, open pools."""
-
-    def __init__(
-        self,
-        labels: Labels | None = None,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        spans: Sequence[Spans] | None = None,
-        requests: Sequence[str] | None = None,
-    ) -> None:
-        self.labels, self.mask, self.cu_seqlens, self.spans = labels, mask, cu_seqlens, spans
-        self.requests = requests
-        self.seen: Tensor | None = None
-        self.pools: dict[Binding, Pool] = {}
-        self._ids: dict[tuple[str, ...], Tensor] = {}
-
-    def ids(self, names: tuple[str, ...]) -> Tensor | None:
-        """Label ids under a sink's names, or None for a sink that keeps none."""
-        if not names:
-            return None
-        if self.labels is None:
-            raise LabelError(
-                "labels: a labelled sink is captured without labels",
-                way_out="Run the forward inside `with tap.batch(labels=...)`; None marks an unlabelled sequence.",
-            )
-        if names not in self._ids:
-            self._ids[names] = encode_labels(self.labels, names)
-        return self._ids[names]
-
-    def row_ids(self, names: tuple[str, ...], layout: Layout, selection: Selection) -> Tensor | None:
-        """Label id of every selected row, from labels one a sequence or one a position."""
-        ids = self.ids(names)
-        if ids is None:
-            return None
-        if ids.dim() == 1 and len(ids) == layout.sequences:
-            return ids[selection.sequence]
-        if ids.numel() == selection.offered:
-            return ids.reshape(-1)[selection.index]
-        raise ShapeError(
-            "labels",
-            expected=f"[{layout.sequences}] one a sequence, or one a position ({selection.offered})",
-            got=list(ids.shape),
-        )
 
 
 @dataclass
@@ -135,20 +33,60 @@ class Staged:
     binding: Binding
     layout: Layout
     selection: Selection
+    ids: Tensor | None
     rows: Tensor
     norms: Tensor
     finite: Tensor
+
+    def roll_back(self) -> None:
+        """Count it as never handed over."""
+        n = self.selection.offered
+        self.binding.ledger.tokens.add(offered=n, rolled_back=n)
+
+    def hand_over(self, batch: Batch) -> None:
+        """Count the tokens, and give the finite ones to the sink or to the batch's pool."""
+        binding, selection, good = self.binding, self.selection, self.finite
+        bad = len(good) - int(good.sum())
+        binding.ledger.tokens.add(
+            offered=selection.offered,
+            masked=selection.masked,
+            skipped=selection.skipped,
+            reseen=selection.reseen,
+            nonfinite=bad,
+            selected=len(good) - bad,
+        )
+        if binding.rule.pool is not None:
+            if binding not in batch.pools:
+                shape = (self.layout.sequences, self.rows.shape[1])
+                batch.pools[binding] = Pool(binding.rule.pool, *shape, self.rows.device)
+            batch.pools[binding].add(self.rows, selection.sequence, good, self.norms, selection.counted)
+            return
+        rows = self.rows[good.to(self.rows.device)] if bad else self.rows
+        ids = self.ids if self.ids is None or not bad else self.ids[good]
+        norms = self.norms[selection.counted & good]
+        if binding.observes:
+            rank = self.layout.rank[selection.index][good]
+            sequence, several = selection.sequence[good], self.layout.sequences
+            observed = Observed(binding.hook_point, rows, sequence, rank, several, batch.requests)
+            binding.hand_over(observed, None, norms)
+        else:
+            binding.hand_over(rows, ids, norms)
 
 
 class Forward:
     """One open forward: what its caller said of the tokens, and what has been staged so far."""
 
-    def __init__(self, batch: Batch, implicit: bool, mask: Tensor | None, past: int) -> None:
-        self.batch, self.implicit, self.mask, self.past = batch, implicit, mask, past
+    def __init__(self, batch: Batch, implicit: bool, call: Call, stops: frozenset[int]) -> None:
+        self.batch, self.implicit, self.call, self._stops = batch, implicit, call, stops
         self.staged: list[Staged] = []
         self.fires: dict[str, int] = {}
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._selections: dict[tuple[int, Tokens], Selection] = {}
+
+    @property
+    def unmasked(self) -> bool:
+        """Whether nothing said which tokens are real."""
+        return self.call.mask is None and self.batch.cu_seqlens is None
 
     def stage(self, hook_point: str, bindings: Sequence[Binding], hidden: Tensor) -> None:
         """Gather the selected rows of hidden [B, T, D] or [N, D] for every binding; touches no sink."""
@@ -160,42 +98,77 @@ class Forward:
             if key not in self._selections:
                 self._selections[key] = select(layout, binding.rule, self.batch.spans)
             selection = self._selections[key]
+            ids = self.batch.ids_of(binding, layout, selection)
             n = len(selection.index)
             rows = flat.new_empty(n, flat.shape[1])
             norms = flat.new_empty(n, dtype=torch.float64)
             finite = flat.new_empty(n, dtype=torch.bool)
             index = None if n == len(flat) else selection.index.to(flat.device)
             ops.stage(flat, index, rows, norms, finite)
-            self.staged.append(Staged(binding, layout, selection, rows, norms.cpu(), finite.cpu()))
+            self.staged.append(Staged(binding, layout, selection, ids, rows, norms.cpu(), finite.cpu()))
+
+    def commit(self) -> None:
+        """Hand over all that is staged; when a sink raises, what comes after it is rolled back."""
+        for done, staged in enumerate(self.staged, 1):
+            try:
+                staged.hand_over(self.batch)
+            except BaseException:
+                for rest in self.staged[done:]:
+                    rest.roll_back()
+                raise
+        ranked = [layout for layout in self._layouts.values() if layout.ranked]
+        self.batch.advance(self.call, ranked[0].shown() if ranked else None)
+
+    def roll_back(self) -> None:
+        """Count all that is staged as never handed over."""
+        for staged in self.staged:
+            staged.roll_back()
 
     def _layout(self, hook_point: str, hidden: Tensor) -> Layout:
         shape = tuple(hidden.shape[:-1])
         if shape not in self._layouts:
-            self._layouts[shape] = self._new_layout(hook_point, shape)
+            layout = self._new_layout(hook_point, shape)
+            self._check_sequences(layout)
+            self._layouts[shape] = layout
         return self._layouts[shape]
 
     def _new_layout(self, hook_point: str, shape: tuple[int, ...]) -> Layout:
-        batch = self.batch
+        batch, call, rows = self.batch, self.call, math.prod(shape)
         if batch.cu_seqlens is not None:
-            return packed_layout(math.prod(shape), batch.cu_seqlens, batch.seen)
-        if len(shape) == 2:
-            return padded_layout((shape[0], shape[1]), self.mask, self.past, batch.seen)
-        if len(shape) != 1:
+            return packed_layout(rows, batch.cu_seqlens, batch.seen)
+        if len(shape) not in (1, 2):
             raise ShapeError(
                 f"hook point {hook_point!r}: output", expected="[B, T, D] or [N, D]", got=f"{len(shape) + 1} axes"
             )
-        if self.mask is None:
-            return plain_layout(shape[0])
-        if self.mask.numel() != shape[0]:
-            raise ShapeError(
-                f"hook point {hook_point!r}: rows do not match the attention mask",
-                expected=f"{self.mask.numel()} rows",
-                got=shape[0],
-                way_out="Give tap.batch(cu_seqlens=...) for packed sequences.",
-            )
-        return padded_layout((self.mask.shape[0], self.mask.shape[1]), self.mask, 0, batch.seen)
+        if len(shape) == 1:
+            if call.size is None or rows == call.size[0] != math.prod(call.size):  # rows, or one a sequence
+                return plain_layout(rows)
+            if rows != math.prod(call.size):
+                raise ShapeError(
+                    f"hook point {hook_point!r}: rows do not match the tokens",
+                    expected=f"{math.prod(call.size)} rows, {list(call.size)} flattened",
+                    got=rows,
+                    way_out="Give tap.batch(cu_seqlens=...) for packed sequences.",
+                )
+            shape = call.size  # flattened, as routers see the tokens
+        b, t = shape
+        ahead = max(call.size[1] - t, 0) if call.size else 0  # a module that sees the last tokens only, such as a head
+        layout = padded_layout((b, t), call.mask, call.past + ahead, batch.seen)
+        written, shown = batch.written_from(call), call.shown
+        if written is None or b == 1 or shown is None or tuple(shown.shape) != (b, t):
+            return layout
+        return without_stops(layout, shown, written, self._stops)
 
-    def shown(self) -> Tensor | None:
-        """Ranks shown per sequence after this forward."""
-        ranked = [layout for layout in self._layouts.values() if layout.ranked]
-        return ranked[0].shown() if ranked else None
+    def _check_sequences(self, layout: Layout) -> None:
+        held = [len(self.batch.seen)] if self.batch.seen is not None and layout.ranked else []
+        held += [pool.sequences for binding, pool in self.batch.pools.items() if not layout.ranked]
+        if any(n != layout.sequences for n in held):
+            raise ShapeError(
+                "tap.batch: its forwards show different numbers of sequences",
+                expected=held[0],
+                got=layout.sequences,
+                way_out="Open one tap.batch for each batch of sequences.",
+            )
+        requests = self.batch.requests
+        if requests is not None and len(requests) != layout.sequences:
+            raise ArgumentError("requests", expected=f"{layout.sequences} ids, one a sequence", got=len(requests))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, HookPointError, near
@@ -41,9 +41,8 @@ def block_names(model: nn.Module) -> list[str]:
 
     Raises HookPointError where no list of blocks is found.
 
-    >>> block_names(nn.Sequential())
-    Traceback (most recent call last):
-    emocore.errors.HookPointError: model: no list of transformer blocks found in Sequential. Name the hook points instead of numbering them.
+    >>> block_names(nn.ModuleDict({"layers": nn.ModuleList([nn.Identity(), nn.Identity()])}))
+    ['layers.0', 'layers.1']
     """
     modules = dict(model.named_modules())
     for path in BLOCK_PATHS:
@@ -74,9 +73,11 @@ def resolve(model: nn.Module, spec: HookSpec) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     wanted: set[str] = set()
     for one in specs:
+        if isinstance(one, bool) or not isinstance(one, (str, int)):
+            raise HookPointError("hook point", expected="a module name, a glob or a block number", got=repr(one))
         wanted.update(_match(model, modules, one))
     if not wanted:
-        raise HookPointError("hook point: an empty list", way_out="Give at least one module name, glob or block number.")
+        raise HookPointError("hook point: none given", way_out="Give at least one module name, glob or block number.")
     return {name: module for name, module in modules.items() if name in wanted}
 
 
@@ -86,7 +87,7 @@ def model_id(model: nn.Module) -> str:
     >>> model_id(nn.Linear(3, 4))
     'Linear'
     """
-    config = getattr(model, "config", None)
+    config = _text_config(model)
     sizes = [
         f"{name}={value}"
         for name in ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -106,6 +107,27 @@ def check_model(model: nn.Module, made_for: str | None, what: str) -> None:
         )
 
 
+def token_ids(model: nn.Module, *kinds: str) -> frozenset[int]:
+    """Ids of the model's special tokens of some kinds, "pad" or "eos", as far as its configuration names them.
+
+    >>> token_ids(nn.Linear(3, 4), "pad", "eos")
+    frozenset()
+    """
+    found: set[int] = set()
+    for config in (_text_config(model), getattr(model, "generation_config", None)):
+        for kind in kinds:
+            ids = getattr(config, f"{kind}_token_id", None)
+            found.update(ids if isinstance(ids, (list, tuple)) else () if ids is None else (ids,))
+    return frozenset(found)
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The model's configuration; of one with several towers, that of its text model."""
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return text() if callable(text) else config
+
+
 def _match(model: nn.Module, modules: Mapping[str, nn.Module], spec: str | int) -> list[str]:
     if isinstance(spec, int):
         blocks = block_names(model)
@@ -121,6 +143,13 @@ def _match(model: nn.Module, modules: Mapping[str, nn.Module], spec: str | int) 
         return [spec]
     found = [name for name in modules if name and _glob(spec).fullmatch(name)] if "*" in spec else []
     if not found:
+        alias = dict(model.named_modules(remove_duplicate=False)).get(spec)
+        if alias is not None:
+            name = next(name for name, module in modules.items() if module is alias)
+            raise HookPointError(
+                f"hook point {spec!r}: is the shared module {name!r} under another name",
+                way_out=f"Name {name!r}, and give capture(fires=...) for how often it runs.",
+            )
         raise HookPointError(
             f"hook point {spec!r}: no such module in {type(model).__name__}",
             way_out=near(spec, [name for name in modules if name]),
@@ -135,49 +164,54 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 def _hidden_field(output: Any) -> tuple[Any, Tensor]:
     """Key of the hidden state inside a container, and the tensor."""
-    items: list[tuple[Any, Any]]
-    if isinstance(output, (tuple, list)):
-        items = list(enumerate(output))
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Tensor):
+        items = [(None, output)]
+    elif isinstance(output, (tuple, list)):
+        items = enumerate(output)
     elif isinstance(output, Mapping):
-        items = [(k, output[k]) for k in HIDDEN_FIELDS if k in output] + list(output.items())
+        items = [(k, output[k]) for k in sorted(output, key=_by_name)]
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        names = [f.name for f in dataclasses.fields(output)]
-        items = [(n, getattr(output, n)) for n in sorted(names, key=lambda n: n not in HIDDEN_FIELDS)]
-    else:
-        items = []
+        names = sorted((f.name for f in dataclasses.fields(output)), key=_by_name)
+        items = [(name, getattr(output, name)) for name in names]
     for key, value in items:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2:
             return key, value
     raise HookPointError(
         "hook point: no hidden state in the module's output",
         expected="a floating point tensor [..., D], alone or in a tuple, dict or dataclass",
-        got=type(output).__name__,
+        got=f"{output.dtype} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__,
         way_out="Choose a module whose output is the residual stream, such as a transformer block.",
     )
+
+
+def _by_name(key: Any) -> int:
+    """Fields that are known to hold the hidden state come first, the others in their own order."""
+    return HIDDEN_FIELDS.index(key) if key in HIDDEN_FIELDS else len(HIDDEN_FIELDS)
 
 
 def read_output(output: Any) -> Tensor:
     """The hidden state [..., D] in a module's output: the tensor itself, or the first fitting one in its container.
 
+    Raises HookPointError where there is none.
+
+    >>> import torch
     >>> read_output((torch.zeros(1, 2, 3), None)).shape
     torch.Size([1, 2, 3])
     """
-    if isinstance(output, Tensor):
-        return output
     return _hidden_field(output)[1]
 
 
 def replace_output(output: Any, hidden: Tensor) -> Any:
     """`output` with its hidden state replaced, in a container of the same kind; the original is left as it was."""
+    key, _ = _hidden_field(output)
     if isinstance(output, Tensor):
         return hidden
-    key, _ = _hidden_field(output)
     if isinstance(output, (tuple, list)):
         values = [hidden if i == key else v for i, v in enumerate(output)]
-        if hasattr(output, "_fields"):
-            return type(output)(*values)
-        return type(output)(values)
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return dataclasses.replace(output, **{key: hidden})
-    assert isinstance(output, Mapping)
-    return type(output)({**output, key: hidden})  # type: ignore[call-arg]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    if isinstance(output, Mapping):
+        new: Any = copy.copy(output)
+        new[key] = hidden
+        return new
+    return dataclasses.replace(output, **{key: hidden})

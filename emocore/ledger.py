@@ -68,12 +68,10 @@ class Ledger:
     `forwards` counts committed forwards and `unmasked` those among them that came without an attention mask.
 
     >>> ledger = Ledger()
-    >>> ledger.tokens.add(offered=5, selected=4, masked=1)
-    >>> ledger.check()
-    >>> ledger.tokens.add(offered=1)
+    >>> ledger.tokens.add(offered=5, selected=4)
     >>> ledger.check()
     Traceback (most recent call last):
-    emocore.errors.LedgerError: tokens: counts do not add up; expected offered == 5; got offered 6, selected 4, masked 1. ...
+    emocore.errors.LedgerError: tokens: counts do not add up; expected offered == 4; got offered 5, selected 4. ...
     """
 
     tokens: TokenCounts = field(default_factory=TokenCounts)
@@ -144,6 +142,4 @@ class Ledger:
             shown = {k: v for i, (k, v) in enumerate(counts.as_dict().items()) if v or i < 2}
             return f"{name:<7}" + "  ".join(f"{k} {v:,}" for k, v in shown.items())
 
-        return "\n".join(
-            line(*pair) for pair in (("tokens", self.tokens), ("rows", self.rows), ("fires", self.fires))
-        )
+        return "\n".join(line(*pair) for pair in (("tokens", self.tokens), ("rows", self.rows), ("fires", self.fires)))

@@ -3,218 +3,138 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .alarms import Alarm as Alarm
+from .alarms import Threshold as Threshold
+from .batches import Batch
+from .calibration import STATISTICS, StreamReference
 from .capturing import Tap, capture
-from .directions import Directions, StreamReference
+from .directions import Directions, placed
 from .errors import ArgumentError, CalibrationError
-from .forwards import Batch, Observed
-from .hookpoints import check_model, resolve
 from .ledger import Ledger
-from .tokens import Tokens
-
-STATISTICS = ("token", "ema", "window")
-CHUNK = 512  # tokens whose EMA is one triangular product
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """When an alarm fires: at `z` standard deviations, or so that a fraction `fpr` of neutral sequences would fire.
-
-    `on` names the statistic: the "token" score, its "ema", or the mean of a "window". `release` is the value below which an
-    alarm ends, in the unit of the threshold; by default the threshold itself. Raises ArgumentError.
-
-    >>> Threshold(z=4, on="token")
-    Threshold(z=4, fpr=None, on='token', release=None)
-    """
-
-    z: float | None = None
-    fpr: float | None = None
-    on: str = "ema"
-    release: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.z is None) == (self.fpr is None):
-            raise ArgumentError("Threshold", expected="exactly one of z and fpr", got=(self.z, self.fpr))
-        if self.on not in STATISTICS:
-            raise ArgumentError("on", expected=" or ".join(map(repr, STATISTICS)), got=repr(self.on))
-        if self.fpr is not None and not 0 < self.fpr < 1:
-            raise ArgumentError("fpr", expected="a fraction of sequences in (0, 1)", got=self.fpr)
-
-    def level(self, vectors: Directions, name: str) -> float:
-        """The threshold on the statistic itself; raises CalibrationError where the reference cannot support it."""
-        (at,) = vectors.index([name])
-        stream = vectors.calibration.stream if vectors.calibration else None
-        if self.z is not None and self.on == "token":
-            return self.z
-        if stream is None:
-            raise CalibrationError(
-                f"alarm {name!r}: {self.on} has no reference of its own",
-                way_out="Calibrate with a StreamReference: read neutral text with a monitor, then calibrate(watch.reference()).",
-            )
-        if self.z is not None:
-            if self.on == "window":
-                raise CalibrationError("window: only fpr thresholds", way_out="Give Threshold(fpr=..., on='window').")
-            return float(stream.ema_mean[at] + self.z * stream.ema_std[at])
-        assert self.fpr is not None
-        need = math.ceil(3 / self.fpr)  # the rule of three: fewer would not see such a rate
-        if stream.sequences < need:
-            raise CalibrationError(
-                f"alarm {name!r}: the reference is too small for fpr={self.fpr}",
-                expected=f"at least {need} neutral sequences",
-                got=stream.sequences,
-                way_out=f"Read more neutral text, or ask for fpr >= {3 / max(stream.sequences, 1):.3g}.",
-            )
-        largest = getattr(stream, f"{self.on}_max")[:, at].sort(descending=True).values
-        return float(largest[math.floor(self.fpr * stream.sequences)])
+from .sinks import Observed
+from .tokens import Spans, Tokens
+from .tracking import Tracks
 
 
-@dataclass(frozen=True)
-class Alarm:
-    """One alarm: direction `name` of `sequence` rose above `level` at token `position` with `value`."""
+class Rule(NamedTuple):
+    """An alarm rule at one hook point: statistic and direction by place, and the levels of the one for the other."""
 
     name: str
-    sequence: str
-    position: int
-    value: float
+    statistic: int
+    direction: int
     level: float
-    hook_point: str
-
-
-class Track:
-    """Running state of one sequence at one hook point: EMA, window, largest values [K], tokens read."""
-
-    def __init__(self, k: int, window: int, history: int) -> None:
-        self.tokens = 0
-        self.ema = torch.zeros(k, dtype=torch.float64)
-        self.recent = torch.zeros(0, k, dtype=torch.float64)  # the last window - 1 scores
-        self.max = {name: torch.full((k,), -torch.inf, dtype=torch.float64) for name in STATISTICS}
-        self.active: set[str] = set()
-        self.window, self._keep = window, history
-        self.history: list[Tensor] = []
-
-    def step(self, z: Tensor, alpha: float) -> dict[str, Tensor]:
-        """Advance over scores z [n, K] in order; returns every statistic at every token, {name: [n, K]}."""
-        self.tokens += len(z)
-        ema = torch.cat([self._advance(part, alpha) for part in z.split(CHUNK)])
-        run = torch.cat([self.recent, z])
-        sums = torch.cat([run.new_zeros(1, run.shape[1]), run.cumsum(0)])
-        last = torch.arange(len(self.recent) + 1, len(run) + 1)
-        first = (last - self.window).clamp_min(0)
-        mean = (sums[last] - sums[first]) / (last - first).unsqueeze(1)
-        self.recent = run[max(len(run) - self.window + 1, 0) :]
-        if self._keep:
-            self.history = [*self.history, z][-self._keep :]
-        values = {"token": z, "ema": ema, "window": mean}
-        for name, value in values.items():
-            self.max[name] = torch.maximum(self.max[name], value.amax(0))
-        return values
-
-    def _advance(self, z: Tensor, alpha: float) -> Tensor:
-        """y_t = (1 - a) y_(t-1) + a z_t for a run of tokens, as one product with the decay's lower triangle."""
-        t = torch.arange(len(z), dtype=torch.float64)
-        decay = alpha * ((1 - alpha) ** (t[:, None] - t[None, :]).clamp_min(0)).tril()
-        ema = decay @ z + ((1 - alpha) ** (t + 1))[:, None] * self.ema
-        self.ema = ema[-1].clone()
-        return ema
+    release: float
 
 
 class Watcher:
     """Scores the rows of one hook point and follows every sequence; the sink that a monitor captures with."""
 
-    def __init__(self, monitor: Monitor, vectors: Directions) -> None:
-        self.monitor, self.vectors = monitor, vectors
+    def __init__(self, monitor: Monitor, hook_point: str, vectors: Directions) -> None:
+        self.monitor, self.hook_point, self.vectors = monitor, hook_point, vectors
         self.ledger = Ledger()
-        self.levels = {name: rule.level(vectors, name) for name, rule in monitor.alarm_rules.items()}
-        self.tracks: OrderedDict[str, Track] = OrderedDict()
-        self._slots: dict[int, str] = {}
+        self.rules = [
+            Rule(
+                name,
+                STATISTICS.index(threshold.on),
+                vectors.index(name)[0],
+                *threshold.levels(vectors, name, monitor.alpha, monitor.window),
+            )
+            for name, threshold in monitor.thresholds.items()
+        ]
+        self._rows: dict[int, tuple[str, int]] = {}  # of the batch: the sequence there, and its last rank
         self._started = 0
-        k = len(vectors)
-        self.ema_sum = torch.zeros(k, dtype=torch.float64)
-        self.ema_square = torch.zeros(k, dtype=torch.float64)
-        self.ema_count = 0
+        self._count, self._sum, self._square = 0, torch.zeros(()), torch.zeros(())
+        self.tracks: Tracks | None = None
 
     def observe(self, observed: Observed) -> None:
         """Score the rows of one forward and advance their sequences."""
-        if observed.requests is not None and len(observed.requests) != observed.sequences:
-            raise ArgumentError(
-                "requests", expected=f"{observed.sequences} ids, one a sequence", got=len(observed.requests)
-            )
+        if not len(observed.rows):
+            return
+        if self.tracks is None:  # not in __init__, which may run in inference mode
+            m = self.monitor
+            k, alarms = len(self.vectors), len(self.rules)
+            self.tracks = Tracks(k, alarms, m.alpha, m.window, m.history, m.max_sequences)
         z = self.vectors.score(observed.rows, kind="z").double().cpu()
-        for slot in observed.sequence.unique().tolist():
-            rows = observed.sequence == slot
-            rank = observed.rank[rows]
-            name = self._sequence(slot, int(rank[0]), observed.requests)
-            self._follow(name, self.tracks[name], z[rows], rank)
+        present, which, n = observed.sequence.unique(return_inverse=True, return_counts=True)
+        order = which.argsort(stable=True)
+        place = torch.arange(len(order)) - (n.cumsum(0) - n)[which[order]]
+        padded = z.new_zeros(len(n), int(n.max()), z.shape[1])
+        padded[which[order], place] = z[order]
+        rank = observed.rank[order]
+        first, last = rank[n.cumsum(0) - n].tolist(), rank[n.cumsum(0) - 1].tolist()
+        names = [self._name(*one, observed.requests) for one in zip(present.tolist(), first, last, strict=True)]
+        self._advance(names, padded, n)
 
-    def _sequence(self, slot: int, rank: int, requests: Sequence[str] | None) -> str:
-        """Whose rows these are: the request's, else row `slot` of the batch, which begins anew at rank 0."""
+    def _name(self, row: int, first: int, last: int, requests: Sequence[str] | None) -> str:
+        """Whose rows these are: the request's, else row `row` of the batch, anew where its ranks do not go on."""
         if requests is not None:
-            name = str(requests[slot])
-        elif rank == 0 or slot not in self._slots:
-            name = self._slots[slot] = f"#{self._started}"
+            return str(requests[row])
+        name, before = self._rows.get(row, ("", last))
+        if first <= before:
+            name = f"#{self._started}"
             self._started += 1
-        else:
-            name = self._slots[slot]
-        if name not in self.tracks:
-            self.tracks[name] = Track(len(self.vectors), self.monitor.window, self.monitor.history)
-            if len(self.tracks) > self.monitor.max_sequences:
-                self.tracks.popitem(last=False)
-        self.tracks.move_to_end(name)
+        self._rows[row] = (name, last)
         return name
 
-    def _follow(self, sequence: str, track: Track, z: Tensor, rank: Tensor) -> None:
-        before = track.tokens
-        values = track.step(z, self.monitor.alpha)
-        ema = values["ema"]
-        # not in place: a monitor may be made inside inference_mode and updated outside
-        self.ema_sum = self.ema_sum + ema.sum(0)
-        self.ema_square = self.ema_square + (ema * ema).sum(0)
-        self.ema_count += len(ema)
-        for name, rule in self.monitor.alarm_rules.items():
-            (k,) = self.vectors.index([name])
-            level = self.levels[name]
-            release = level if rule.release is None else min(rule.release, level)
-            for i, value in enumerate(values[rule.on][:, k].tolist()):
-                if name in track.active:
-                    if value < release:
-                        track.active.discard(name)
-                elif value > level:
-                    track.active.add(name)
-                    self.monitor.alarms.append(
-                        Alarm(name, sequence, before + i, value, level, self.vectors.hook_point or "")
-                    )
+    def _advance(self, names: Sequence[str], z: Tensor, n: Tensor) -> None:
+        tracks = self.tracks
+        assert tracks is not None
+        limit = self.monitor.max_sequences
+        for i in range(0, len(names), limit):  # a batch wider than the table goes through it by parts
+            some = names[i : i + limit]
+            at = torch.tensor([tracks.slot(name) for name in some])
+            before = tracks.tokens[at]
+            longest = int(n[i : i + limit].max())
+            values = tracks.step(at, z[i : i + limit, :longest], n[i : i + limit])
+            self._count += int(n[i : i + limit].sum())
+            self._sum = self._sum + values.nansum((1, 2))
+            self._square = self._square + values.square().nansum((1, 2))
+            self._ring(some, at, before, values)
+
+    def _ring(self, names: Sequence[str], at: Tensor, before: Tensor, values: Tensor) -> None:
+        """Raise and release alarms over values [3, S, n, K] of the named sequences."""
+        assert self.tracks is not None
+        active = self.tracks.active
+        for r, rule in enumerate(self.rules):
+            line = values[rule.statistic, :, :, rule.direction]
+            for i in ((line > rule.level).any(1) | active[at, r]).nonzero().flatten().tolist():
+                ringing = bool(active[at[i], r])
+                for t, value in enumerate(line[i].tolist()):
+                    if not ringing and value > rule.level:
+                        position = int(before[i]) + t
+                        alarm = Alarm(rule.name, names[i], position, value, rule.level, self.hook_point)
+                        self.monitor.alarms.append(alarm)
+                    ringing = value > rule.level or (ringing and not value < rule.release)
+                active[at[i], r] = ringing
+
+    @property
+    def levels(self) -> dict[str, float]:
+        """The value of its statistic above which each alarm rises."""
+        return {rule.name: rule.level for rule in self.rules}
 
     def reference(self) -> StreamReference:
         """What the statistics did over every sequence watched, for calibrating thresholds."""
-        if not self.ema_count:
+        if self.tracks is None:
             raise CalibrationError("reference: no token was watched", way_out="Run neutral text inside the monitor.")
-        mean = self.ema_sum / self.ema_count
-        var = (self.ema_square / self.ema_count - mean**2).clamp_min(0)
-
-        def largest(name: str) -> Tensor:
-            return torch.stack([track.max[name] for track in self.tracks.values()])
-
-        return StreamReference(
-            self.monitor.alpha,
-            self.monitor.window,
-            mean,
-            var.sqrt(),
-            largest("token"),
-            largest("ema"),
-            largest("window"),
-        )
+        if self.tracks.evicted:
+            raise CalibrationError(
+                f"reference: {self.tracks.evicted} sequences were forgotten",
+                way_out="Give monitor(max_sequences=...) room for all of them.",
+            )
+        mean = self._sum / self._count
+        std = (self._square / self._count - mean**2).clamp_min(0).sqrt()
+        largest = self.tracks.largest[:, list(self.tracks.slots.values())]
+        return StreamReference(self.monitor.alpha, self.monitor.window, self._count, mean, std, largest)
 
 
 class Monitor:
-    """An open monitor: `alarms` so far, `scores` of every sequence, `ledger`. Made by `monitor`."""
+    """An open monitor; made by `monitor`. `alarms` so far are a list in the order they rose, yours to empty."""
 
     def __init__(
         self,
@@ -228,47 +148,58 @@ class Monitor:
     ) -> None:
         if not 0 < alpha <= 1 or window < 1:
             raise ArgumentError("alpha, window", expected="alpha in (0, 1], window >= 1", got=(alpha, window))
-        self.alpha, self.window, self.history, self.max_sequences = alpha, window, history, max_sequences
-        self.alarm_rules = dict(alarms)
-        self.alarms: list[Alarm] = []
-        self.single = isinstance(vectors, Directions)
-        several = {vectors.hook_point: vectors} if isinstance(vectors, Directions) else dict(vectors)
-        self.watchers: dict[str, Watcher] = {}
-        for name, directions in several.items():
-            if name is None:
-                raise ArgumentError("vectors: they name no hook point", way_out="Give {hook point: vectors}.")
-            check_model(model, directions.provenance.get("model"), f"vectors at {name!r}")
-            directions._calibrated(Tokens())
-            self._check_stream(directions)
-            (found,) = resolve(model, name)
-            self.watchers[found] = Watcher(self, directions)
-        self._tap: Tap = capture(model, dict(self.watchers))
-
-    def _check_stream(self, vectors: Directions) -> None:
-        stream = vectors.calibration.stream if vectors.calibration else None
-        if stream is not None and (stream.alpha, stream.window) != (self.alpha, self.window):
-            raise CalibrationError(
-                "alpha, window: not those the reference was read with",
-                expected=(stream.alpha, stream.window),
-                got=(self.alpha, self.window),
+        if history < 0 or max_sequences < 1:
+            raise ArgumentError(
+                "history, max_sequences", expected="history >= 0, max_sequences >= 1", got=(history, max_sequences)
             )
+        self.alpha, self.window, self.history, self.max_sequences = alpha, window, history, max_sequences
+        self.thresholds = dict(alarms)
+        self.alarms: list[Alarm] = []
+        self._single = isinstance(vectors, Directions)
+        places = placed(model, vectors)
+        self.watchers = {name: Watcher(self, name, directions) for name, directions in places.items()}
+        sinks = {name: (self.watchers[name], _rule(directions)) for name, directions in places.items()}
+        self._tap: Tap = capture(model, sinks)
 
     @contextlib.contextmanager
     def batch(
-        self, requests: Sequence[str] | None = None, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        requests: Sequence[str] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        spans: Sequence[Spans] | None = None,
     ) -> Iterator[Batch]:
         """The forwards inside belong to the named requests, whose state goes on from batch to batch."""
-        with self._tap.batch(requests=requests, mask=mask, cu_seqlens=cu_seqlens) as batch:
+        if requests is not None and len(set(requests)) != len(requests):
+            raise ArgumentError("requests: one is named twice", got=sorted(requests)[:8])
+        with self._tap.batch(requests=requests, mask=mask, cu_seqlens=cu_seqlens, spans=spans) as batch:
             yield batch
 
     @property
     def scores(self) -> Any:
-        """{sequence: {"ema", "max"}} of [K] z scores at the last token, by hook point where several are watched."""
-        found = {
-            name: {s: {"ema": t.ema.clone(), "max": t.max["ema"].clone()} for s, t in watcher.tracks.items()}
-            for name, watcher in self.watchers.items()
-        }
-        return next(iter(found.values())) if self.single else found
+        """{sequence: EMA of z scores [K]} at its last token, by hook point where several are watched."""
+        return self._each(lambda tracks, slot: tracks.ema[slot].clone())
+
+    @property
+    def peaks(self) -> Any:
+        """{sequence: largest EMA [K]} so far, by hook point where several are watched."""
+        return self._each(lambda tracks, slot: tracks.largest[STATISTICS.index("ema"), slot].clone())
+
+    @property
+    def levels(self) -> Any:
+        """{alarm: value of its statistic above which it rises}, by hook point where several are watched."""
+        return self._by_hook_point(lambda watcher: watcher.levels)
+
+    def _each(self, read: Callable[[Tracks, int], Tensor]) -> Any:
+        def every(watcher: Watcher) -> dict[str, Tensor]:
+            tracks = watcher.tracks
+            return {} if tracks is None else {name: read(tracks, slot) for name, slot in tracks.slots.items()}
+
+        return self._by_hook_point(every)
+
+    def _by_hook_point(self, read: Callable[[Watcher], Any]) -> Any:
+        found = {name: read(watcher) for name, watcher in self.watchers.items()}
+        return next(iter(found.values())) if self._single else found
 
     @property
     def ledger(self) -> dict[str, Any]:
@@ -277,17 +208,19 @@ class Monitor:
 
     def reference(self) -> Any:
         """StreamReference of all that was watched, by hook point where several are: what `calibrate` takes."""
-        found = {name: watcher.reference() for name, watcher in self.watchers.items()}
-        return next(iter(found.values())) if self.single else found
+        return self._by_hook_point(lambda watcher: watcher.reference())
 
-    def trace(self, sequence: str, hook_point: str | None = None) -> Tensor:
-        """z scores [n, K] of the last `history` steps of one sequence; needs monitor(history=...)."""
-        watcher = self.watchers[hook_point] if hook_point else next(iter(self.watchers.values()))
-        if sequence not in watcher.tracks or not watcher.tracks[sequence].history:
+    def trace(self, sequence: str, on: str = "token", hook_point: str | None = None) -> Tensor:
+        """A statistic [n, K] at the last `history` tokens of a sequence; needs monitor(history=...)."""
+        if on not in STATISTICS:
+            raise ArgumentError("on", expected=" or ".join(map(repr, STATISTICS)), got=repr(on))
+        tracks = self.watchers[hook_point or next(iter(self.watchers))].tracks
+        kept = None if tracks is None else tracks.trace(sequence)
+        if kept is None:
             raise ArgumentError(
                 "trace: nothing kept of this sequence", got=sequence, way_out="Give monitor(history=...)."
             )
-        return torch.cat(watcher.tracks[sequence].history)
+        return kept[STATISTICS.index(on)]
 
     def __enter__(self) -> Monitor:
         self._tap.__enter__()
@@ -295,6 +228,18 @@ class Monitor:
 
     def __exit__(self, *exception: Any) -> None:
         self._tap.__exit__(*exception)
+
+
+def _rule(vectors: Directions) -> Tokens:
+    """The tokens to watch: those of the calibration, which must be single ones."""
+    rule = vectors.scale().tokens or Tokens()
+    if rule.pool is not None:
+        raise CalibrationError(
+            "monitor: the vectors are calibrated on pooled rows, which vary less than tokens",
+            got=rule,
+            way_out="Calibrate on Moments of single tokens.",
+        )
+    return rule
 
 
 def monitor(
@@ -307,11 +252,12 @@ def monitor(
     history: int = 0,
     max_sequences: int = 65_536,
 ) -> Monitor:
-    """Score every real token while the `with` block runs the model, and raise alarms on a watch list.
+    """Score the tokens that the vectors are calibrated on while the `with` block runs the model; alarm on a watch list.
 
-    Per sequence and direction it keeps the EMA y = (1 - alpha) y + alpha z, the mean of the last `window` scores, and their
-    largest values; `history` keeps the scores of that many forwards too. Without `watch.batch(requests=...)` a row of the
-    batch is a sequence, and begins anew where its first token is shown. Beyond `max_sequences` the longest unseen are
-    forgotten. The vectors must be calibrated on token rows. Raises CalibrationError, LabelError, ArgumentError.
+    Per sequence and direction it keeps the EMA y = (1 - alpha) y + alpha z, the mean of the last `window` scores, and
+    their largest values; `history` keeps the statistics of that many last tokens too. Without
+    `watch.batch(requests=...)` a row of the batch is a sequence, and begins anew where its ranks do not go on. Beyond
+    `max_sequences` the longest unseen are forgotten.
+    Raises CalibrationError, LabelError, ArgumentError or HookPointError.
     """
     return Monitor(model, vectors, alarms or {}, alpha, window, history, max_sequences)

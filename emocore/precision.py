@@ -1,14 +1,16 @@
 """The numerical contract: what is accumulated in what, and the error that this allows.
 
-rows        multiplied in   chain   block        state     variance bias, correlation error
+rows        multiplied in   chain   block        state     relative error of a variance, error of a correlation
 float64     float64         256     32 chains    float64   1e-12
 pooled      float64         256     32 chains    float64   1e-12
 float32     float32         256     32 chains    float64   1e-6
 bfloat16    float32         256     32 chains    float64   1e-6
-float16     float32         256     32 chains    float64   1e-6
+float16     float32         256     32 chains    float64   2e-6
 
-Rows are multiplied as y = x - s about a frozen per-column shift s, so that the bounds hold while
-max((mean - s)/std)^2 stays small; `variance_bound` says what a given offset costs.
+Rows are multiplied as y = x - s about a frozen per-column shift s of few bits (`sums.shift_of`), for any ratio of mean to
+deviation. Means, label means and label variances are float64 sums throughout. The bounds hold while
+max((mean - s)/std)^2 stays under OFFSET_LIMIT; `variance_bound` says what a larger offset costs. One kind of column errs
+more in float32, by up to 4e-6: a few values and nothing between, whose equal roundings add up; float64 has no such case.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ TILE = 128  # edge of the square tiles that hold the lower triangle of a scatter
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Contract bound on variance bias (relative) and on the error of a correlation, by row dtype.
-BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+# Contract bound on the relative error of a variance and on the error of a correlation, by row dtype.
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 2e-6}
 
-# Offset ((mean - s)/std)^2 up to which BOUND was measured to hold.
-OFFSET_LIMIT = {torch.float64: 1e3, torch.float32: 4.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+# Offset ((mean - s)/std)^2 up to which BOUND was measured to hold; a frozen shift starts below 1/4.
+OFFSET_LIMIT = 1.0
 
 
 def check_dtype(dtype: torch.dtype, argument: str = "x") -> torch.dtype:
@@ -54,4 +56,4 @@ def variance_bound(dtype: torch.dtype, offset: float) -> float:
 
     The rounding of a sum of y^2 = (x - s)^2 is relative to the second moment about s, which is (1 + offset) variances.
     """
-    return BOUND[dtype] * max(1.0, (1.0 + offset) / (1.0 + OFFSET_LIMIT[dtype]))
+    return BOUND[dtype] * max(1.0, (1.0 + offset) / (1.0 + OFFSET_LIMIT))

@@ -2,51 +2,95 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import StoreError
 
+SUFFIX = ".emocore.tmp"
+
 
 def publish(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, fsync it, give it the umask's mode, rename it over `path`, fsync the folder.
+    """Write `data` beside `path`, fsync it, rename it over `path`, fsync the folder; the mode follows the umask.
 
-    Raises StoreError naming path and errno; the file that was there before is then untouched and no temporary stays.
+    A link is followed. What earlier writers left in the folder when they were killed is removed. Raises StoreError
+    naming path and errno; unless only the last fsync failed, the file that was there before is then untouched, and no
+    temporary stays.
     """
-    folder = path.parent
-    temporary: str | None = None
+    target = Path(os.path.realpath(path))
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
-        with os.fdopen(handle, "wb") as file:
+        _sweep(target.parent)
+        with _temporary(target.parent) as (handle, name), open(handle, "wb", closefd=False) as file:
             file.write(data)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
-        _sync_folder(folder)
+            os.fsync(handle)
+            os.replace(name, target)
     except OSError as error:
         raise StoreError(
             f"{path}: could not be written",
-            got=f"{error.strerror} (errno {error.errno})",
+            got=_said(error),
             way_out="What was saved there before is untouched; free space or choose another folder, and save again.",
         ) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    try:
+        _sync(target.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: written, but a power cut may still undo it: its folder could not be synced",
+            got=_said(error),
+            way_out="Save again, here or in another folder.",
+        ) from error
 
 
-def _umask() -> int:
-    # the umask can only be read by setting it
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[tuple[int, str]]:
+    """A new locked file in `folder`: its handle and name; removed at the end where it still has that name."""
+    while True:
+        name = os.path.join(folder, f".{secrets.token_hex(8)}{SUFFIX}")
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            _lock(handle)
+            if not os.fstat(handle).st_nlink:
+                continue  # another writer's sweep came between
+            try:
+                yield handle, name
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+            return
+        finally:
+            os.close(handle)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sweep(folder: Path) -> None:
+    """Remove temporaries whose writer is gone: a living one holds a lock on its own."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith(".") and entry.name.endswith(SUFFIX):
+            with contextlib.suppress(OSError):
+                handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
+                finally:
+                    os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    # where the filesystem has no locks, no sweep can take one either
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _said(error: OSError) -> str:
+    return f"{error.strerror or error} (errno {error.errno})"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import FitError
+from .errors import FitError, ShapeError
 from .labels import Labels, encode_labels, label_names
 from .ledger import Ledger
 
@@ -28,8 +28,11 @@ class Rows:
         self._ids: list[Tensor] = []
 
     def update(self, x: Tensor, labels: Labels | None = None) -> None:
-        """Keep rows x [N, D] with their labels; raises LabelError."""
-        ids = torch.full((len(x),), -1, dtype=torch.int32) if labels is None else encode_labels(labels, self.labels)
+        """Keep rows x [N, D] with their labels [N]; raises LabelError or ShapeError."""
+        none = torch.full((len(x),), -1, dtype=torch.int32)
+        ids = none if labels is None else encode_labels(labels, self.labels)
+        if ids.shape != none.shape:
+            raise ShapeError("labels", expected=f"{len(x)}, one a row", got=list(ids.shape))
         self._rows.append(x.detach().clone())
         self._ids.append(ids)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ Spans = Mapping[str, Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token rule of a sink: skip the first `skip` real tokens, keep those in span `span`, and pool a sequence's rest.
+    """Token rule of a sink: skip a sequence's first `skip` real tokens, keep those in span `span`, pool the rest.
 
-    Ranks count real tokens, special tokens included, whatever the padding side; `skip=49` is the paper's "from the 50th".
-    `span` names spans that `tap.batch(spans=...)` gives, such as a chat role. `pool` is None (a row a token), "mean",
-    "last" or "max" (a float32 row a sequence). Raises ArgumentError.
+    Ranks count real tokens, special tokens included, whatever the padding side; `skip=49` is the paper's "from the
+    50th". `span` names spans that `tap.batch(spans=...)` gives, such as a chat role. `pool` is None (a row a token),
+    "mean", "last" or "max" (a float32 row a sequence). Raises ArgumentError.
 
     >>> Tokens(skip=49, pool="mean")
     Tokens(skip=49, pool='mean', span=None)
@@ -46,12 +46,13 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of one forward stand, position by position of the flattened [B, T] or [N].
+    """Where the tokens of one forward stand, position by position of the flattened `shape`, (B, T) or (N,).
 
-    sequence [N] int64: which sequence of the batch; rank [N] int64: 0-based among its real tokens, over all it has been
-    shown; real [N] bool; seen [B] int64: how many ranks earlier forwards of the same batch have shown.
+    sequence [N] int64: which sequence of the batch; rank [N] int64: 0-based among its real tokens, over all it has
+    been shown; real [N] bool; seen [B] int64: how many ranks earlier forwards of the same batch have shown.
     """
 
+    shape: tuple[int, ...]
     sequence: Tensor
     rank: Tensor
     real: Tensor
@@ -70,10 +71,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a rule keeps of a layout: `index` [n] of the flattened positions, their `sequence` [n], and what fell away.
+    """What a rule keeps of a layout: `index` [n] of the flattened positions, their `sequence` [n], what fell away.
 
-    `counted` [n] marks the rows whose norm enters the mean norm: all but the first real token of a sequence, which is the
-    BOS or the attention sink.
+    `counted` [n] marks the rows whose norm enters the mean norm: all but the first real token of a sequence, which is
+    the BOS or the attention sink.
     """
 
     index: Tensor
@@ -125,7 +126,7 @@ def _in_span(layout: Layout, name: str, spans: Sequence[Spans] | None) -> Tensor
 
 
 def padded_layout(shape: tuple[int, int], mask: Tensor | None, past: int, seen: Tensor | None) -> Layout:
-    """Layout of a padded batch [B, T]: `mask` [B, >= T] covers everything shown so far, its last T columns this forward.
+    """Layout of a padded batch [B, T]: `mask` [B, >= T] covers all that was shown so far, its last T columns this call.
 
     Without a mask all tokens count, from rank `past` on. Raises ShapeError for a mask that does not fit.
     """
@@ -142,9 +143,11 @@ def padded_layout(shape: tuple[int, int], mask: Tensor | None, past: int, seen: 
                 way_out="Give the 2-D padding mask of the tokens, not the 4-D attention bias.",
             )
         every = mask.detach().to("cpu") != 0
-        rank = (every.long().cumsum(1) - 1)[:, -t:]
-        real = every[:, -t:]
+        start = mask.shape[1] - t
+        rank = (every.long().cumsum(1) - 1)[:, start:]
+        real = every[:, start:]
     return Layout(
+        shape=shape,
         sequence=torch.arange(b).repeat_interleave(t),
         rank=rank.reshape(-1),
         real=real.reshape(-1),
@@ -152,19 +155,30 @@ def padded_layout(shape: tuple[int, int], mask: Tensor | None, past: int, seen: 
     )
 
 
+def without_stops(layout: Layout, ids: Tensor, start: int, stops: Collection[int]) -> Layout:
+    """`layout` with the stop ids [B, T] from column `start` on taken for padding.
+
+    `generate` goes on feeding them, unmasked, to the rows of a batch that have ended before the others.
+    """
+    if not stops:
+        return layout
+    ended = torch.isin(ids.detach().to("cpu"), torch.tensor(sorted(stops)))
+    ended[:, :start] = False
+    return replace(layout, real=layout.real & ~ended.reshape(-1))
+
+
 def packed_layout(rows: int, cu_seqlens: Tensor, seen: Tensor | None) -> Layout:
-    """Layout of packed sequences [N]: sequence i stands at cu_seqlens[i] .. cu_seqlens[i+1]; rows past the end are padding."""
+    """Layout of packed sequences [N]: sequence i stands at cu_seqlens[i] .. cu_seqlens[i+1]; the rest is padding."""
     cu = cu_seqlens.detach().to("cpu", torch.long)
     if cu.dim() != 1 or len(cu) < 1 or int(cu[0]) != 0 or bool((cu.diff() < 0).any()) or int(cu[-1]) > rows:
-        raise ShapeError(
-            "cu_seqlens", expected=f"[S + 1] rising from 0 to at most {rows}", got=cu.tolist()[:8]
-        )
+        raise ShapeError("cu_seqlens", expected=f"[S + 1] rising from 0 to at most {rows}", got=cu.tolist()[:8])
     lengths = cu.diff()
     sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
     rank = torch.arange(int(cu[-1])) - cu[:-1].repeat_interleave(lengths)
     tail = rows - len(sequence)
     zeros = torch.zeros(tail, dtype=torch.long)
     return Layout(
+        shape=(rows,),
         sequence=torch.cat([sequence, zeros]),
         rank=torch.cat([rank, zeros]),
         real=torch.arange(rows) < int(cu[-1]),
@@ -176,6 +190,7 @@ def plain_layout(rows: int) -> Layout:
     """Layout of plain rows [N, D]: every row is real, its own sequence, and without a rank."""
     every = torch.arange(rows)
     return Layout(
+        shape=(rows,),
         sequence=every,
         rank=torch.zeros(rows, dtype=torch.long),
         real=torch.ones(rows, dtype=torch.bool),

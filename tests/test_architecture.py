@@ -15,7 +15,7 @@ FLOORS = [
     ["reference", "kernels", "_C"],
     ["ops"],
     ["tokens", "ledger", "blocks", "sums", "pooling"],
-    ["moments", "rows", "forwards", "capturing"],
+    ["moments", "rows", "sinks", "batches", "forwards", "capturing"],
     ["verifying", "directions"],
     ["steering"],
     ["monitoring", "store"],

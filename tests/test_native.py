@@ -67,9 +67,7 @@ def stage(x: torch.Tensor, index: np.ndarray | None = None, threads: int = 1) ->
     return out, norms, finite, bad
 
 
-def label_sums(
-    x: torch.Tensor, labels: Any, weights: Any, shift: Any, K: int, threads: int = 1
-) -> np.ndarray:
+def label_sums(x: torch.Tensor, labels: Any, weights: Any, shift: Any, K: int, threads: int = 1) -> np.ndarray:
     both = np.zeros((2, K, x.shape[1]))
     _C.label_sums(view(x), labels, weights, shift, both[0], both[1], threads)
     return both
@@ -92,9 +90,7 @@ def lower(tiles: np.ndarray, D: int) -> np.ndarray:
     return np.tril(full.reshape(P * _C.TILE, P * _C.TILE)[:D, :D])
 
 
-def project(
-    x: Any, V: np.ndarray, centre: Any = None, normalise: bool = False, threads: int = 1
-) -> np.ndarray:
+def project(x: Any, V: np.ndarray, centre: Any = None, normalise: bool = False, threads: int = 1) -> np.ndarray:
     out = poisoned(len(x), len(V), dtype=np.float64 if x.dtype == torch.float64 else V.dtype)
     _C.project(view(x), V, centre, normalise, out, threads)
     return out
@@ -208,9 +204,7 @@ def test_steer_add(isa: str, dtype: torch.dtype, D: int) -> None:
     sum_dtype = torch.promote_types(dtype, torch.float32)
     for n in ROWS:
         x = random_rows(n, D, dtype)
-        assert torch.equal(
-            steer_add(x, delta, threads=2), (x.to(sum_dtype) + torch.from_numpy(delta)).to(dtype)
-        )
+        assert torch.equal(steer_add(x, delta, threads=2), (x.to(sum_dtype) + torch.from_numpy(delta)).to(dtype))
 
 
 @pytest.mark.parametrize("D", [2880, 8191])
@@ -350,6 +344,12 @@ def test_threads_change_no_bit(isa: str, dtype: torch.dtype, threads: int) -> No
     assert torch.equal(steer_add(x, shift), steer_add(x, shift, threads=threads))
 
 
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_rounds_of_packed_rows_wait_for_each_other(threads: int) -> None:
+    x = random_rows(9000, 700, torch.float32)
+    assert np.array_equal(gram(x), gram(x, threads=threads))
+
+
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(0, 400), max_size=5), runs=st.booleans(), seed=st.integers(0, 9))
 def test_label_sums_do_not_know_where_calls_were_cut(cuts: list[int], runs: bool, seed: int) -> None:
@@ -476,19 +476,13 @@ def test_refusals_of_the_other_ops() -> None:
     x, D = np.zeros((4, 3), np.float32), 3
     with pytest.raises(ValueError, match=r"stage: out must be float32 \[4, 3\], got float64 \[4, 3\]"):
         _C.stage(x, None, np.zeros((4, D)), np.zeros(4), np.zeros(4, np.uint8), 1)
-    with pytest.raises(
-        ValueError, match=r"gram: tiles, as rows, must be float64 \[128, 128\], got float64 \[3, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"gram: tiles, as rows, must be float64 \[128, 128\], got float64 \[3, 3\]"):
         _C.gram(x, None, np.zeros(D), np.zeros((D, D)), 1)
     with pytest.raises(ValueError, match="gram: weights must be finite and >= 0, got -1"):
         _C.gram(x, np.array([1.0, 1.0, 1.0, -1.0]), np.zeros(D), np.zeros((1, 128, 128)), 1)
-    with pytest.raises(
-        ValueError, match=r"project: readers must be float32 or float64 \[2, 3\], got float64 \[2, 4\]"
-    ):
+    with pytest.raises(ValueError, match=r"project: readers must be float32 or float64 \[2, 3\], got float64 \[2, 4\]"):
         _C.project(x, np.zeros((2, 4)), None, False, np.zeros((4, 2)), 1)
-    with pytest.raises(
-        ValueError, match=r"steer_add: delta must be float32 or float64 \[3\], got float64 \[2\]"
-    ):
+    with pytest.raises(ValueError, match=r"steer_add: delta must be float32 or float64 \[3\], got float64 \[2\]"):
         _C.steer_add(x, np.zeros(2), x, 1)
     with pytest.raises(ValueError, match=r"expected one of scalar.*, got 'mmx'"):
         _C.use_isa("mmx")

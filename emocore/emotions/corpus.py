@@ -72,6 +72,11 @@ def read_topic(path: Path) -> list[Story]:
     return [found[word] for word in WORDS]
 
 
+def read_stories(path: Path) -> list[Story]:
+    """Every story of a file that `emotions.generate` wrote, any number an emotion; raises CorpusError for a broken line."""
+    return [Story(path.stem, entry["emotion"], entry["text"]) for _, entry in _entries(path, ("emotion", "text"))]
+
+
 def neutral(part: str | None = None, path: Path = DATA / "neutral.jsonl") -> list[Passage]:
     """Neutral passages: all, or the halves "fit" and "calibration", each balanced over the three kinds."""
     found = [Passage(entry["kind"], entry["text"]) for _, entry in _entries(path, ("kind", "text"))]
@@ -118,7 +123,7 @@ def banned_forms() -> dict[str, tuple[str, ...]]:
 
 @cache
 def _pattern(emotion: str) -> re.Pattern[str]:
-    forms = (*banned_forms()[emotion], emotion)
+    forms = (*banned_forms().get(emotion, ()), emotion)
     choices = (re.escape(f[:-1]) + r"\w*" if f.endswith("*") else re.escape(f) for f in forms)
     return re.compile(r"(?<![\w-])(?:" + "|".join(choices) + r")(?!\w)", re.IGNORECASE)
 
@@ -132,12 +137,12 @@ def banned_words(emotion: str, text: str) -> list[str]:
     return _pattern(emotion).findall(text)
 
 
-def faults(story: Story) -> list[str]:
-    """What is wrong with a story: its length, or words that name its emotion; empty when nothing is."""
+def faults(story: Story, words: tuple[int, int] = (SHORTEST, LONGEST)) -> list[str]:
+    """What is wrong with a story: its length in words, or words that name its emotion; empty when nothing is."""
     found = []
     length = len(story.text.split())
-    if not SHORTEST <= length <= LONGEST:
-        found.append(f"{length} words, not {SHORTEST}-{LONGEST}")
+    if not words[0] <= length <= words[1]:
+        found.append(f"{length} words, not {words[0]}-{words[1]}")
     if named := banned_words(story.emotion, story.text):
         found.append(f"names the emotion: {', '.join(named)}")
     return found

@@ -218,7 +218,7 @@ class _Reader:
         finally:
             self.model.train(was_training)
         self.seconds += bar.close()
-        self.tokens += bar.tokens
+        self.tokens += bar.done
         return self._collect(tap, kept)
 
     def _collect(self, tap: Tap, kept: bool) -> tuple[ByPoint, ByPoint]:

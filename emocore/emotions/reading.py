@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..capturing import capture
 from ..directions import Directions
 from ..errors import ArgumentError
-from ..forwards import Observed
+from ..sinks import Observed
 from .texts import Encoded, batches, encode, run
 from .words import CLUSTERS
 

@@ -1,0 +1,116 @@
+"""Formats: named tensors and one JSON text to the bytes of a safetensors or HDF5 file, and back from untrusted bytes.
+
+What is read is stricter than either format: nothing is allocated that the file does not hold, and nothing outside the
+file is touched. Readers raise ValueError (or what their library raises) for anything else than `save` wrote.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import safetensors.numpy
+import safetensors.torch
+import torch
+from torch import Tensor
+
+KEY = "emocore"  # of the JSON text: the only metadata in safetensors, a dataset in HDF5
+MAX_TEXT = 16 << 20  # bytes of JSON, which parsed take some twenty times the memory
+DTYPES = ("float64", "float32", "int64")
+
+
+class Format(NamedTuple):
+    """`pack(tensors, text)` to bytes, and `unpack(data)` back to (text, tensors)."""
+
+    pack: Callable[[dict[str, Tensor], str], bytes]
+    unpack: Callable[[bytes], tuple[str, dict[str, Tensor]]]
+
+
+def parse(text: str | bytes) -> Any:
+    """JSON in which no object holds a key twice."""
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"a header of {len(text)} bytes")
+    return json.loads(text, object_pairs_hook=_no_doubles)
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({k for k, _ in pairs}) != len(pairs):
+        raise ValueError("the header holds a key twice")
+    return dict(pairs)
+
+
+# --- safetensors
+
+
+def _to_safetensors(tensors: dict[str, Tensor], text: str) -> bytes:
+    # by way of NumPy, which lets tensors share memory
+    return safetensors.numpy.save({name: t.numpy() for name, t in tensors.items()}, metadata={KEY: text})
+
+
+def _from_safetensors(data: bytes) -> tuple[str, dict[str, Tensor]]:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError("the header is cut off")
+    text = parse(data[8 : 8 + length])["__metadata__"][KEY]
+    return text, safetensors.torch.load(data)
+
+
+# --- HDF5
+
+
+def _to_hdf5(tensors: dict[str, Tensor], text: str) -> bytes:
+    # built in memory, because h5py on a live disk loses data when the disk fills
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.create_dataset(KEY, data=np.frombuffer(text.encode(), dtype=np.uint8))
+        for name, t in tensors.items():
+            file.create_dataset(f"tensors/{name}", data=t.numpy())
+    return buffer.getvalue()
+
+
+def _from_hdf5(data: bytes) -> tuple[str, dict[str, Tensor]]:
+    with h5py.File(io.BytesIO(data), "r") as file:
+        found = {name: dataset for name, dataset in _datasets(file)}
+        if sum(dataset.nbytes for dataset in found.values()) > len(data):
+            raise ValueError("datasets claim more than the file holds")
+        text = found.pop(KEY)
+        if text.dtype != np.uint8 or text.nbytes > MAX_TEXT:
+            raise ValueError("the header is not a JSON text")
+        tensors = {}
+        for name, dataset in found.items():
+            if dataset.dtype.name not in DTYPES or not name.startswith("tensors/"):
+                raise ValueError(f"dataset {name!r} of {dataset.dtype}")
+            tensors[name.removeprefix("tensors/")] = torch.from_numpy(np.asarray(dataset[()]))
+        return bytes(text[()]).decode(), tensors
+
+
+def _datasets(group: h5py.Group, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Every dataset below `group` by name; refuses links, shared objects, and data that is not plainly in the file."""
+    if depth > 2:
+        raise ValueError(f"{prefix}: too deep")
+    for key in group:
+        name = prefix + key
+        if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name!r} is a link")
+        item = group[key]
+        if h5py.h5o.get_info(item.id).rc != 1:
+            raise ValueError(f"{name!r} has several names")
+        if isinstance(item, h5py.Group):
+            yield from _datasets(item, f"{name}/", depth + 1)
+            continue
+        made = item.id.get_create_plist()
+        # contiguous data in the file itself: no chunks, so no filters; no external files, no views of other datasets
+        if made.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or made.get_external_count():
+            raise ValueError(f"{name!r} does not hold its own data")
+        yield name, item
+
+
+FORMATS = {
+    ".safetensors": Format(_to_safetensors, _from_safetensors),
+    ".h5": Format(_to_hdf5, _from_hdf5),
+    ".hdf5": Format(_to_hdf5, _from_hdf5),
+}
