@@ -1,7 +1,8 @@
-"""The harness: contenders run interleaved in one process, behind a correctness check, and one table is printed at the end.
+"""The harness: contenders run interleaved in one process, behind a correctness check, and one table is printed at the
+end.
 
-A case names its contenders, ours first, and how far ours may be from float64. Timings are medians over interleaved rounds;
-`ratio` is the best other contender over ours.
+A case names its contenders, ours first, and how far ours may be from float64. Timings are medians over interleaved
+rounds; `ratio` is the best other contender over ours.
 """
 
 from __future__ import annotations

@@ -120,7 +120,8 @@ class Report:
         lengths = [len(s.text.split()) for s in told]
         words = collections.Counter(w for s in told for w in re.findall(r"[a-z']+", s.text.lower()))
         first = sum(bool(re.search(r"\b(I|my|me)\b", re.sub(r'"[^"]*"', "", s.text))) for s in told)
-        print(f"{len(told)} stories, {sum(lengths):,} words, {len(words):,} distinct; {min(lengths)}-{max(lengths)} words a story")
+        print(f"{len(told)} stories, {sum(lengths):,} words, {len(words):,} distinct")
+        print(f"{min(lengths)}-{max(lengths)} words a story")
         print(f"first person {first / len(told):.0%}; {len(corpus.neutral())} neutral passages")
 
 

@@ -320,6 +320,8 @@ def capture(
         raise ArgumentError("fires", expected="at least 1", got=fires)
     rule = tokens or Tokens()
     pairs = hook_points.items() if isinstance(hook_points, Mapping) else [(hook_points, sink)]
+    if not pairs:
+        raise ArgumentError("hook_points: none given", way_out="Give {hook point: sink}.")
     points: dict[str, list[Binding]] = {}
     sinks: dict[str, Any] = {}
     for spec, bound in pairs:

@@ -24,6 +24,7 @@ from emocore.hookpoints import block_names, read_output
 
 SEED = 0
 RESERVED = 8  # neutral passages that neither fit nor calibration sees
+METHODS = ("difference", "whitened")
 DOSES = (-0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5)
 
 
@@ -70,18 +71,20 @@ class Demo:
         self.late = blocks[-1]
         self.blocks = blocks
         # the words alone, before any block has put them in context: what a bag of words would give
-        self.lexical = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        words = model.get_input_embeddings()  # type: ignore[operator]
+        self.lexical = next(name for name, module in model.named_modules() if module is words)
 
     def run(self) -> None:
         """Every step in order."""
         found = self.extract()
         self.layers(found)
-        vectors = self.fit(found)
+        by_method = self.fit(found)
+        vectors = by_method["whitened"]
         rest = found.only([t for t in self.topics if t != self.left_out])
         self.read(rest)
         self.watch(rest)
         self.steer(vectors)
-        self.save(vectors, found)
+        self.save(by_method, found)
         self.speed()
 
     def extract(self) -> Extraction:
@@ -124,10 +127,7 @@ class Demo:
         judged = evaluation.control(control.fit(), found, self.labels, self.groups)
         shuffled = random.Random(SEED).sample(self.labels, len(self.labels))
         rows = []
-        by_method = {
-            m: evaluation.leave_one_group_out(found, self.labels, self.groups, method=m)
-            for m in ("difference", "whitened")
-        }
+        by_method = {m: evaluation.leave_one_group_out(found, self.labels, self.groups, method=m) for m in METHODS}
         chance = evaluation.leave_one_group_out(found, shuffled, self.groups)
         agree = evaluation.halves(found)
         for name, vectors in found.items():
@@ -154,17 +154,25 @@ class Demo:
         print("whitened, five templates that name the word (control), shuffled labels (chance 0.5); top 10: the right")
         print(f"word among the ten highest, whitened (chance {10 / len(words):.2f}).")
 
-    def fit(self, found: Extraction) -> dict[str, Directions]:
-        title("3  Fit and calibrate")
-        start = time.perf_counter()
-        vectors = found.fit(method="whitened")
-        del vectors[self.lexical]
-        vectors = emotions.calibrate(self.model, self.tokenizer, vectors, self.calibration)
-        print(f"{len(vectors)} blocks x {len(vectors[self.main])} emotions, whitened, calibrated on")
-        count = vectors[self.main].calibration
-        assert count is not None
-        print(f"{count.count:,} neutral tokens outside the fit, in {time.perf_counter() - start:.1f} s")
-        return vectors
+    def fit(self, found: Extraction) -> dict[str, dict[str, Directions]]:
+        title("3  Fit and calibrate, on neutral text outside the fit")
+        by_method: dict[str, dict[str, Directions]] = {}
+        for method in METHODS:
+            start = time.perf_counter()
+            vectors = found.fit(method=method)
+            del vectors[self.lexical]
+            vectors = emotions.calibrate(self.model, self.tokenizer, vectors, self.calibration)
+            seconds = time.perf_counter() - start
+            main = vectors[self.main]
+            assert main.calibration is not None
+            assert main.calibration.stream is not None
+            print(
+                f"{method:<11} {len(vectors)} blocks x {len(main)} emotions; {main.calibration.count:,} tokens of ",
+                end="",
+            )
+            print(f"{main.calibration.stream.sequences} passages; {seconds:.1f} s")
+            by_method[method] = vectors
+        return by_method
 
     def read(self, rest: Extraction) -> None:
         title(f"4  Read unseen passages: the topic '{self.left_out}', left out of this fit")
@@ -179,9 +187,8 @@ class Demo:
         print(f"highest family right {mean(right_family):.0%} (chance 10%)")
         for i in random.Random(SEED).sample(range(len(unseen)), 3):
             word = unseen[i].emotion
-            print(
-                f"\n'{word}' ({emotions.cluster_of(word)}): rank {ranks[i]}; highest family: {reading.families(i)[0][0]}"
-            )
+            family = reading.families(i)[0][0]
+            print(f"\n'{word}' ({emotions.cluster_of(word)}): rank {ranks[i]}; highest family: {family}")
             print("top ten: " + ", ".join(name for name, _ in reading.top(10)[i]))
             print(reading.line(word, i))
 
@@ -212,9 +219,8 @@ class Demo:
             for i, text in enumerate(self.reserved[2:]):
                 self._feed(quiet, f"{i}", sentences(text))
         false = len({a.sequence for a in quiet.alarms})
-        print(
-            f"largest EMA a sentence (alpha 1/8); alarm above {level:+.2f}, which 5 % of {len(streams)} neutral streams pass;"
-        )
+        print(f"largest EMA a sentence (alpha 1/8); alarm above {level:+.2f}, which 5 % of {len(streams)} neutral")
+        print("streams pass;", end=" ")
         print(f"false alarms on {len(self.reserved) - 2} other neutral streams: {false}")
 
     def _feed(self, watch: Any, request: str, pieces: Sequence[str]) -> list[int]:
@@ -253,19 +259,21 @@ class Demo:
             f"mean z score, and median rank among {len(vectors[self.late])}, over {len(self.reserved)} neutral passages"
         )
 
-    def save(self, vectors: Mapping[str, Directions], found: Extraction) -> None:
+    def save(self, by_method: Mapping[str, Mapping[str, Directions]], found: Extraction) -> None:
         title("6  Save, and read back")
+        vectors = by_method["whitened"]
         self.out.mkdir(parents=True, exist_ok=True)
         for name, obj in (
             ("emotions.safetensors", vectors),
             ("emotions.h5", vectors),
+            ("difference.safetensors", by_method["difference"]),
             ("moments.safetensors", {name: found.stories[name] for name in self.blocks}),
         ):
             path = self.out / name
             emocore.save(obj, path)
             back = emocore.load(path)
             equal = all(_equal(obj[key], back[key]) for key in obj)
-            print(f"{path!s:<28} {path.stat().st_size / 1e6:6.1f} MB   {'equal bit for bit' if equal else 'DIFFERS'}")
+            print(f"{path!s:<30} {path.stat().st_size / 1e6:6.1f} MB   {'equal bit for bit' if equal else 'DIFFERS'}")
             if not equal:
                 raise emocore.errors.StoreError(f"{path}: read back differently from what was saved")
 
@@ -346,7 +354,7 @@ def _error(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
         vary = c.diag() > 1e-12 * c.diag().max()
         scale = c.diag()[vary].sqrt()
         gap = (found[name].double() - c).abs()[vary][:, vary]
-        worst = max(worst, float((gap / torch.outer(scale, scale)).max()))
+        worst = max(worst, float((gap / torch.outer(scale, scale)).amax()))
     return worst
 
 
@@ -366,7 +374,7 @@ def sentences(text: str) -> list[str]:
 def mean(values: Any) -> float:
     """Mean of truth values or numbers."""
     values = list(values)
-    return sum(values) / len(values)
+    return float(sum(values) / len(values))
 
 
 def title(text: str) -> None:

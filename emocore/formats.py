@@ -1,14 +1,16 @@
 """Formats: named tensors and one JSON text to the bytes of a safetensors or HDF5 file, and back from untrusted bytes.
 
-What is read is stricter than either format: nothing is allocated that the file does not hold, and nothing outside the
-file is touched. Readers raise ValueError (or what their library raises) for anything else than `save` wrote.
+A checksum covers both. What is read is stricter than either format: nothing is allocated that the file does not hold,
+and nothing outside the file is touched. Readers raise ValueError, or what their library raises, for anything but what
+the writers wrote.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import h5py
@@ -18,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-KEY = "emocore"  # of the JSON text: the only metadata in safetensors, a dataset in HDF5
+KEY, CHECKSUM = "emocore", "crc32"  # of the JSON text and of it all: metadata in safetensors, datasets in HDF5
 MAX_TEXT = 16 << 20  # bytes of JSON, which parsed take some twenty times the memory
 DTYPES = ("float64", "float32", "int64")
 
@@ -43,20 +45,37 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def checksum(text: str, tensors: dict[str, Tensor]) -> int:
+    """CRC-32 of the text, and of every tensor's name, dtype, shape and bytes, by name."""
+    crc = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        crc = zlib.crc32(f"{name} {t.dtype} {list(t.shape)}".encode(), crc)
+        crc = zlib.crc32(t.contiguous().reshape(-1).numpy().view(np.uint8).data, crc)
+    return crc
+
+
+def _check(text: str, tensors: dict[str, Tensor], crc: int) -> tuple[str, dict[str, Tensor]]:
+    if checksum(text, tensors) != crc:
+        raise ValueError("the checksum does not fit")
+    return text, tensors
+
+
 # --- safetensors
 
 
 def _to_safetensors(tensors: dict[str, Tensor], text: str) -> bytes:
     # by way of NumPy, which lets tensors share memory
-    return safetensors.numpy.save({name: t.numpy() for name, t in tensors.items()}, metadata={KEY: text})
+    metadata = {KEY: text, CHECKSUM: str(checksum(text, tensors))}
+    return safetensors.numpy.save({name: t.numpy() for name, t in tensors.items()}, metadata=metadata)
 
 
 def _from_safetensors(data: bytes) -> tuple[str, dict[str, Tensor]]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
         raise ValueError("the header is cut off")
-    text = parse(data[8 : 8 + length])["__metadata__"][KEY]
-    return text, safetensors.torch.load(data)
+    metadata = parse(data[8 : 8 + length])["__metadata__"]
+    return _check(metadata[KEY], safetensors.torch.load(data), int(metadata[CHECKSUM]))
 
 
 # --- HDF5
@@ -67,6 +86,7 @@ def _to_hdf5(tensors: dict[str, Tensor], text: str) -> bytes:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         file.create_dataset(KEY, data=np.frombuffer(text.encode(), dtype=np.uint8))
+        file.create_dataset(CHECKSUM, data=np.array([checksum(text, tensors)]))
         for name, t in tensors.items():
             file.create_dataset(f"tensors/{name}", data=t.numpy())
     return buffer.getvalue()
@@ -74,18 +94,22 @@ def _to_hdf5(tensors: dict[str, Tensor], text: str) -> bytes:
 
 def _from_hdf5(data: bytes) -> tuple[str, dict[str, Tensor]]:
     with h5py.File(io.BytesIO(data), "r") as file:
-        found = {name: dataset for name, dataset in _datasets(file)}
+        found = dict(_datasets(file))
         if sum(dataset.nbytes for dataset in found.values()) > len(data):
             raise ValueError("datasets claim more than the file holds")
-        text = found.pop(KEY)
-        if text.dtype != np.uint8 or text.nbytes > MAX_TEXT:
-            raise ValueError("the header is not a JSON text")
+        text, crc = _array(found.pop(KEY), ["uint8"]), _array(found.pop(CHECKSUM), ["int64"])
         tensors = {}
         for name, dataset in found.items():
-            if dataset.dtype.name not in DTYPES or not name.startswith("tensors/"):
-                raise ValueError(f"dataset {name!r} of {dataset.dtype}")
-            tensors[name.removeprefix("tensors/")] = torch.from_numpy(np.asarray(dataset[()]))
-        return bytes(text[()]).decode(), tensors
+            if not name.startswith("tensors/"):
+                raise ValueError(f"dataset {name!r} is unknown")
+            tensors[name.removeprefix("tensors/")] = torch.from_numpy(_array(dataset, DTYPES))
+    return _check(text.tobytes().decode(), tensors, int(crc[0]))
+
+
+def _array(dataset: h5py.Dataset, dtypes: Sequence[str]) -> np.ndarray[Any, Any]:
+    if dataset.dtype.name not in dtypes:
+        raise ValueError(f"{dataset.name!r} holds {dataset.dtype}, not {' or '.join(dtypes)}")
+    return np.asarray(dataset[()])
 
 
 def _datasets(group: h5py.Group, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, h5py.Dataset]]:

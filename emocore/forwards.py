@@ -128,7 +128,7 @@ class Forward:
         shape = tuple(hidden.shape[:-1])
         if shape not in self._layouts:
             layout = self._new_layout(hook_point, shape)
-            self._check_sequences(layout)
+            self._check_requests(layout)
             self._layouts[shape] = layout
         return self._layouts[shape]
 
@@ -143,14 +143,16 @@ class Forward:
         if len(shape) == 1:
             if call.size is None or rows == call.size[0] != math.prod(call.size):  # rows, or one a sequence
                 return plain_layout(rows)
-            if rows != math.prod(call.size):
+            if rows != math.prod(call.size):  # as an expert sees the tokens that were sent to it
+                if call.mask is None or bool(call.mask.all()):
+                    return plain_layout(rows)
                 raise ShapeError(
-                    f"hook point {hook_point!r}: rows do not match the tokens",
-                    expected=f"{math.prod(call.size)} rows, {list(call.size)} flattened",
+                    f"hook point {hook_point!r}: rows that cannot be told from padding",
+                    expected=f"{math.prod(call.size)}, the tokens {list(call.size)} flattened",
                     got=rows,
-                    way_out="Give tap.batch(cu_seqlens=...) for packed sequences.",
+                    way_out="Feed batches without padding, or give tap.batch(cu_seqlens=...) for packed sequences.",
                 )
-            shape = call.size  # flattened, as routers see the tokens
+            shape = call.size  # as a router sees them
         b, t = shape
         ahead = max(call.size[1] - t, 0) if call.size else 0  # a module that sees the last tokens only, such as a head
         layout = padded_layout((b, t), call.mask, call.past + ahead, batch.seen)
@@ -159,16 +161,7 @@ class Forward:
             return layout
         return without_stops(layout, shown, written, self._stops)
 
-    def _check_sequences(self, layout: Layout) -> None:
-        held = [len(self.batch.seen)] if self.batch.seen is not None and layout.ranked else []
-        held += [pool.sequences for binding, pool in self.batch.pools.items() if not layout.ranked]
-        if any(n != layout.sequences for n in held):
-            raise ShapeError(
-                "tap.batch: its forwards show different numbers of sequences",
-                expected=held[0],
-                got=layout.sequences,
-                way_out="Open one tap.batch for each batch of sequences.",
-            )
+    def _check_requests(self, layout: Layout) -> None:
         requests = self.batch.requests
         if requests is not None and len(requests) != layout.sequences:
             raise ArgumentError("requests", expected=f"{layout.sequences} ids, one a sequence", got=len(requests))

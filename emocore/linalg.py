@@ -16,7 +16,7 @@ def tile_count(dim: int) -> int:
 
 
 def unpack_tiles(tiles: Tensor, dim: int) -> Tensor:
-    """Symmetric [D, D] from packed lower tiles [T, 128, 128]; tile i(i+1)/2 + j holds rows of panel i, columns of panel j."""
+    """Symmetric [D, D] from packed lower tiles [T, 128, 128]; i(i+1)/2 + j holds panel i by panel j."""
     if tiles.shape[0] != tile_count(dim):
         raise ShapeError("tiles", expected=f"{tile_count(dim)} tiles for D={dim}", got=f"{tiles.shape[0]}")
     panels = -(-dim // TILE)
@@ -35,11 +35,7 @@ def pack_tiles(matrix: Tensor) -> Tensor:
     padded = matrix.new_zeros(panels * TILE, panels * TILE)
     padded[:dim, :dim] = matrix.tril()
     return torch.stack(
-        [
-            padded[i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE]
-            for i in range(panels)
-            for j in range(i + 1)
-        ]
+        [padded[i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE] for i in range(panels) for j in range(i + 1)]
     )
 
 
@@ -65,7 +61,7 @@ def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
 
 def whitener(covariance: Tensor) -> Tensor:
     """Symmetric inverse square root C^(-1/2) [D, D]; raises FitError where C is singular to working precision."""
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = _eigh(covariance)
     floor = values[-1].clamp_min(0) * covariance.shape[0] * torch.finfo(covariance.dtype).eps
     if not bool(values[-1] > 0) or bool(values[0] <= floor):
         raise FitError(
@@ -76,8 +72,16 @@ def whitener(covariance: Tensor) -> Tensor:
     return (vectors * values.rsqrt()) @ vectors.T
 
 
+def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues [D] and eigenvectors [D, D], in columns; raises FitError for NaN or Inf."""
+    if not bool(covariance.isfinite().all()):
+        raise FitError("covariance: not finite", way_out="Some statistic overflowed, or a label had no row.")
+    values, vectors = torch.linalg.eigh(covariance)
+    return values, vectors
+
+
 def principal_subspace(covariance: Tensor, explained: float) -> tuple[Tensor, float]:
-    """Orthonormal basis [k, D] of the fewest leading components reaching `explained` of the full trace, and what they reach.
+    """Orthonormal basis [k, D] of the fewest leading components that reach `explained` of the trace; what they reach.
 
     Each component's sign makes its largest entry positive.
 
@@ -91,7 +95,7 @@ def principal_subspace(covariance: Tensor, explained: float) -> tuple[Tensor, fl
     trace = covariance.trace()
     if explained == 0.0 or not bool(trace > 0):
         return covariance.new_zeros(0, dim), 0.0
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = _eigh(covariance)
     share = values.flip(0).clamp_min(0).cumsum(0) / trace
     # the last share is 1 only to rounding: asking for all of it must not run past the end
     k = min(int((share < explained - 1e-12).sum()) + 1, dim)
@@ -108,7 +112,9 @@ def project_out(vectors: Tensor, basis: Tensor) -> Tensor:
 
 
 def orthonormal_span(vectors: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """Orthonormal basis [r, D] of the span of `vectors` [K, D]; directions below `tolerance` of the largest are dropped."""
+    """Orthonormal basis [r, D] of the span of `vectors` [K, D], without directions below `tolerance` of the largest."""
+    values: Tensor
+    basis: Tensor
     _, values, basis = torch.linalg.svd(vectors, full_matrices=False)
     if not len(values) or not bool(values[0] > 0):
         return vectors.new_zeros(0, vectors.shape[1])

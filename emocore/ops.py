@@ -9,18 +9,19 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .errors import ArgumentError, NativeMissingError, near
+from . import native, reference
+from .errors import ArgumentError, near
 
 SCHEMAS = {
     "stage": "(Tensor x, Tensor? index, Tensor(a!) rows, Tensor(b!) norms, Tensor(c!) finite) -> ()",
-    "label_sums": "(Tensor rows, Tensor? labels, Tensor? weights, Tensor shift, Tensor(a!) sums, Tensor(b!)? squares) -> ()",
+    "label_sums": (
+        "(Tensor rows, Tensor? labels, Tensor? weights, Tensor shift, Tensor(a!) sums, Tensor(b!)? squares) -> ()"
+    ),
     "gram": "(Tensor rows, Tensor? weights, Tensor shift, Tensor(a!) tiles) -> ()",
     "project": "(Tensor rows, Tensor readers, Tensor? centre, bool normalise) -> Tensor",
     "steer_add": "(Tensor x, Tensor delta) -> Tensor",
@@ -28,124 +29,7 @@ SCHEMAS = {
     "steer_set": "(Tensor x, Tensor basis, Tensor dual, Tensor target) -> Tensor",
 }
 
-NATIVE_DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_NAMES = {**NATIVE_DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "uint8"}
-
 _forced: str | None = None
-_native_module: ModuleType | None = None
-
-
-def native() -> ModuleType:
-    """The compiled extension; raises NativeMissingError, saying how to build it, where it is not there."""
-    global _native_module
-    if _native_module is None:
-        try:
-            _native_module = importlib.import_module("emocore._C")
-        except ImportError as error:
-            raise NativeMissingError(
-                "emocore._C: the compiled extension is not built",
-                got=str(error),
-                way_out="Run `make` in the checkout (needs g++ and the Python headers), or `emocore.ops.use('reference')` to compute slowly without it.",
-            ) from error
-    return _native_module
-
-
-# --- the extension, one function an op; reads strided rows in place, float16 through an exact float32 copy
-
-
-def _view(t: Tensor) -> tuple[int, str, int, int, int]:
-    """(address, dtype, rows, cols, row stride in elements); one axis is a single row."""
-    name = _NAMES[t.dtype]
-    if t.dim() == 1:
-        return t.data_ptr(), name, 1, t.shape[0], t.shape[0]
-    if t.dim() == 3:  # packed tiles
-        return t.data_ptr(), name, t.shape[0], t.shape[1] * t.shape[2], t.stride(0)
-    return t.data_ptr(), name, t.shape[0], t.shape[1], t.stride(0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    x = x if x.dtype in NATIVE_DTYPES else x.float()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _stage_native(x: Tensor, index: Tensor | None, rows: Tensor, norms: Tensor, finite: Tensor) -> None:
-    if x.dtype not in NATIVE_DTYPES or x.dtype != rows.dtype:
-        reference.stage_ref(x, index, rows, norms, finite)
-        return
-    x = _rows(x)
-    at = None if index is None else index.to(torch.int64).contiguous()
-    native().stage(
-        _view(x),
-        None if at is None else _view(at),
-        _view(rows),
-        _view(norms),
-        _view(finite),
-        torch.get_num_threads(),
-    )
-
-
-def _label_sums_native(
-    rows: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    shift: Tensor,
-    sums: Tensor,
-    squares: Tensor | None,
-) -> None:
-    rows = _rows(rows)
-    k = None if labels is None else labels.to(torch.int32).contiguous()
-    native().label_sums(
-        _view(rows),
-        None if k is None else _view(k),
-        None if weights is None else _view(weights),
-        _view(shift),
-        _view(sums),
-        None if squares is None else _view(squares),
-        torch.get_num_threads(),
-    )
-
-
-def _gram_native(rows: Tensor, weights: Tensor | None, shift: Tensor, tiles: Tensor) -> None:
-    rows = _rows(rows)
-    native().gram(
-        _view(rows),
-        None if weights is None else _view(weights),
-        _view(shift),
-        _view(tiles),
-        torch.get_num_threads(),
-    )
-
-
-def _project_native(rows: Tensor, readers: Tensor, centre: Tensor | None, normalise: bool) -> Tensor:
-    rows, readers = _rows(rows), readers.contiguous()
-    out = rows.new_empty(len(rows), len(readers), dtype=reference.score_dtype(rows, readers))
-    c = None if centre is None else centre.to(torch.float64).contiguous()
-    native().project(
-        _view(rows),
-        _view(readers),
-        None if c is None else _view(c),
-        normalise,
-        _view(out),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def _steer_add_native(x: Tensor, delta: Tensor) -> Tensor:
-    if x.dtype not in NATIVE_DTYPES:
-        return reference.steer_add_ref(x, delta)
-    rows = _rows(x)
-    out = rows.new_empty(rows.shape)
-    native().steer_add(_view(rows), _view(delta.contiguous()), _view(out), torch.get_num_threads())
-    return out
-
-
-def _steer_add_inplace_native(x: Tensor, delta: Tensor) -> None:
-    if x.dtype not in NATIVE_DTYPES or x.stride(-1) != 1:
-        x.copy_(_steer_add_native(x, delta))
-    else:
-        view = _view(x)
-        native().steer_add(view, _view(delta.contiguous()), view, torch.get_num_threads())
 
 
 def _steer_add_inplace_ref(x: Tensor, delta: Tensor) -> None:
@@ -164,12 +48,12 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "steer_set": reference.steer_set_ref,
 }
 NATIVE_CPU: dict[str, Callable[..., Any]] = {
-    "stage": _stage_native,
-    "label_sums": _label_sums_native,
-    "gram": _gram_native,
-    "project": _project_native,
-    "steer_add": _steer_add_native,
-    "steer_add_": _steer_add_inplace_native,
+    "stage": native.stage,
+    "label_sums": native.label_sums,
+    "gram": native.gram,
+    "project": native.project,
+    "steer_add": native.steer_add,
+    "steer_add_": native.steer_add_,
 }
 
 
@@ -193,7 +77,7 @@ def implementations() -> dict[str, dict[str, str]]:
     for op in SCHEMAS:
         cpu = "reference"
         if op in NATIVE_CPU and _forced != "reference":
-            cpu = f"native ({native().isa()})"
+            cpu = f"native ({native.extension().isa()})"
         gpu = "triton" if _forced != "reference" and _triton(op) else "reference"
         table[op] = {"cpu": cpu, "cuda": gpu}
     return table
@@ -211,11 +95,11 @@ def _set(forced: str | None, isa: str | None) -> None:
     global _forced
     _forced = forced
     if isa is not None:
-        native().use_isa(isa)
+        native.extension().use_isa(isa)
 
 
 def use(name: str) -> contextlib.AbstractContextManager[None]:
-    """Force an implementation from now on: "auto", "reference", or an instruction set of the extension ("scalar", "avx2").
+    """Force an implementation from now on: "auto", "reference", or an instruction set of the extension, such as "avx2".
 
     As a context manager it restores the former choice at the end. Raises ArgumentError listing the known names.
 
@@ -227,10 +111,10 @@ def use(name: str) -> contextlib.AbstractContextManager[None]:
     if name in ("auto", "reference"):
         _set(None if name == "auto" else name, None)
         return _restoring(before, None)
-    known = native().isas()
+    known = native.extension().isas()
     if name not in known:
         raise ArgumentError("name: unknown implementation", got=name, way_out=near(name, ["auto", "reference", *known]))
-    isa = native().isa()
+    isa = native.extension().isa()
     _set(None, name)
     return _restoring(before, isa)
 
@@ -282,14 +166,14 @@ for _op, _fake in {
     "steer_add_": _fake_nothing,
     "steer_set": _fake_like_x,
 }.items():
-    torch.library.register_fake(f"emocore::{_op}", _fake, lib=_library)
+    torch.library.register_fake(f"emocore::{_op}", cast(Callable[..., Any], _fake), lib=_library)
 
 
 # --- gradients, with respect to the rows; directions are constants
 
 
 def _keep_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, readers, centre, normalise = inputs
+    rows, readers, _, normalise = inputs
     if normalise and rows.requires_grad:
         raise ArgumentError(
             "normalise: cosine scores have no gradient here", way_out="Score raw or centered, and divide in torch."

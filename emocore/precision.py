@@ -7,10 +7,10 @@ float32     float32         256     32 chains    float64   1e-6
 bfloat16    float32         256     32 chains    float64   1e-6
 float16     float32         256     32 chains    float64   2e-6
 
-Rows are multiplied as y = x - s about a frozen per-column shift s of few bits (`sums.shift_of`), for any ratio of mean to
-deviation. Means, label means and label variances are float64 sums throughout. The bounds hold while
-max((mean - s)/std)^2 stays under OFFSET_LIMIT; `variance_bound` says what a larger offset costs. One kind of column errs
-more in float32, by up to 4e-6: a few values and nothing between, whose equal roundings add up; float64 has no such case.
+Rows are multiplied as y = x - s about a frozen per-column shift s of few bits (`sums.shift_of`), whatever the ratio of
+mean to deviation. Means, label means and label variances are float64 sums throughout. The bounds hold while
+max((mean - s)/std)^2 stays under OFFSET_LIMIT; `variance_bound` says what a larger offset costs. One kind of column
+errs more in float32, by up to 4e-6: a few values and nothing between, whose equal roundings add up; float64 does not.
 """
 
 from __future__ import annotations
@@ -49,6 +49,16 @@ def check_dtype(dtype: torch.dtype, argument: str = "x") -> torch.dtype:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which rows of `dtype` are multiplied on the CPU."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def held(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which rows of `dtype` wait to be multiplied: their own, or the first that the kernels read."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The one of two row dtypes with the larger bound."""
+    return max(a, b, key=BOUND.__getitem__)
 
 
 def variance_bound(dtype: torch.dtype, offset: float) -> float:

@@ -74,6 +74,7 @@ class Edit:
         sets, delta = self._at(hidden)
         if delta is not None and in_place and not sets:
             ops.steer_add_(hidden.view(-1, self.dim), delta)
+            torch.autograd.graph.increment_version(hidden)
             return hidden
         x = rows = hidden.reshape(-1, self.dim)
         for basis, dual, target in sets:
@@ -140,7 +141,7 @@ def _editor(edit: Edit, weights: set[int]) -> Any:
 
 def _is_free(hidden: Tensor, weights: set[int], around: Any) -> bool:
     """Whether writing to `hidden` is seen by its readers alone: not by autograd, the caller, the weights or a view."""
-    if hidden.requires_grad or not hidden.is_contiguous():
+    if torch.is_grad_enabled() or hidden.requires_grad or not hidden.is_contiguous():
         return False
     if hidden.is_inference() and not torch.is_inference_mode_enabled():
         return False

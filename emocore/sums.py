@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, precision
+from .blocks import Block
+from .errors import ShapeError
 from .linalg import pack_tiles, tile_count, tile_diagonal, unpack_tiles
 from .precision import TILE
+
+RUNS = 31  # of a block, whose medians set the shift
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, dim: int, labels: int, covariance: bool, device: torch.device | str = "cpu") -> Sums:
-        """Empty sums; exactly one of `square` and `tiles` is kept."""
+        """Empty sums; exactly one of `square` and `tiles` is kept. `count` and `weight` stay on the CPU."""
 
         def f64(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
@@ -47,39 +52,65 @@ class Sums:
             total=f64(1, dim),
             square=f64(0 if covariance else 1, dim),
             tiles=f64(tile_count(dim) if covariance else 0, TILE, TILE),
-            label_count=torch.zeros(labels, dtype=torch.int64),
-            label_weight=torch.zeros(labels, dtype=torch.float64),
+            label_count=torch.zeros(labels, dtype=torch.int64, device=device),
+            label_weight=f64(labels),
             label_total=f64(labels, dim),
             label_square=f64(labels, dim),
         )
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], labels: int, covariance: bool, frozen: bool) -> Sums:
+        """Sums from a copy of `tensors`; raises ShapeError for one that is missing or does not fit the others."""
+        dim = tensors["shift"].numel() if "shift" in tensors else 0
+        for name, like in cls.zeros(dim, labels, covariance, device="meta").tensors().items():
+            t = tensors.get(name)
+            if t is None or t.shape != like.shape or t.dtype != like.dtype:
+                got = "nothing" if t is None else f"{list(t.shape)} {t.dtype}"
+                raise ShapeError(f"state: {name}", expected=f"{list(like.shape)} {like.dtype}", got=got)
+        return cls(**{f.name: tensors[f.name].clone() for f in fields(cls) if f.name != "frozen"}, frozen=frozen)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its field name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "frozen"}
 
-    def clone(self) -> Sums:
-        """A copy that shares nothing."""
-        return Sums(**{name: t.clone() for name, t in self.tensors().items()}, frozen=self.frozen)
+    def clone(self, device: torch.device | None = None) -> Sums:
+        """A copy that shares nothing, on `device`."""
+        copies = {k: t.to(device if t.dim() else "cpu", copy=True) for k, t in self.tensors().items()}
+        return Sums(**copies, frozen=self.frozen)
 
-    def fold(self, rows: Tensor, labels: Tensor, weights: Tensor | None) -> None:
-        """Add rows [N, D] of labels [N] (-1: none) and weights [N] (None: ones), in row order."""
-        ops.label_sums(rows, None, weights, self.shift, self.total, self.square if len(self.square) else None)
+    def fold(self, block: Block) -> None:
+        """Add a block, in row order; a shift not yet frozen is taken from it, and stays if it is large enough."""
+        rows, ids, weights = block
+        if not self.frozen:
+            self.move_shift(shift_of(rows, weights))
+            self.frozen = len(rows) >= precision.FREEZE_ROWS
+        if precision.accumulator(rows.dtype) == torch.float32:
+            self.move_shift(self.shift.float().double())  # what float32 kernels subtract
+        self._add_sums(rows, None, weights, self.total, self.square)
         if len(self.tiles):
             ops.gram(rows, weights, self.shift, self.tiles)
         self.count += len(rows)
-        self.weight += len(rows) if weights is None else weights.cumsum(0)[-1]
-        k = len(self.label_count)
-        if k == 0:
-            return
-        ops.label_sums(rows, labels, weights, self.shift, self.label_total, self.label_square)
-        kept = labels[labels >= 0].long()
-        self.label_count += kept.bincount(minlength=k)
-        self.label_weight += kept.bincount(None if weights is None else weights[labels >= 0], minlength=k)
+        self.weight += len(rows) if weights is None else weights.cumsum(0)[-1].cpu()
+        if k := len(self.label_count):
+            self._add_sums(rows, ids, weights, self.label_total, self.label_square)
+            kept = ids >= 0
+            at = ids[kept].long()
+            self.label_count += at.bincount(minlength=k)
+            self.label_weight += at.bincount(None if weights is None else weights[kept], minlength=k)
+
+    def _add_sums(
+        self, rows: Tensor, ids: Tensor | None, weights: Tensor | None, total: Tensor, square: Tensor
+    ) -> None:
+        # A block is summed on its own first: rounding then grows with the blocks, not with the rows.
+        sums, squares = torch.zeros_like(total), torch.zeros_like(square)
+        ops.label_sums(rows, ids, weights, self.shift, sums, squares if len(square) else None)
+        total += sums
+        square += squares
 
     def move_shift(self, shift: Tensor) -> None:
         """Express the sums about another shift: exact algebra, rounded in float64."""
         d = self.shift - shift  # y about the new shift is y + d
-        if bool(d.any()):
+        if int(self.count) and bool(d.any()):
             if len(self.tiles):
                 cross = torch.outer(self.total[0], d)
                 self.tiles += pack_tiles(cross + cross.T + self.weight * torch.outer(d, d))
@@ -92,15 +123,34 @@ class Sums:
         self.shift = shift.clone()
 
     def add(self, other: Sums, sign: int = 1) -> None:
-        """Add (or take away) sums over other rows, re-expressed about this shift."""
-        other = other.clone()
-        if int(self.count) == 0 and sign > 0:
-            self.shift, self.frozen = other.shift.clone(), other.frozen
-        other.move_shift(self.shift)
-        theirs = other.tensors()
-        for name, mine in self.tensors().items():
+        """Add (or take away) sums over other rows, about the better shift of the two.
+
+        A frozen shift is better than one that is not, then the one that more weight stands behind; where neither is
+        frozen, the mean of all is better still.
+        """
+        theirs = other.clone(self.shift.device)
+        if sign > 0 and (other.frozen, float(other.weight)) > (self.frozen, float(self.weight)):
+            self.move_shift(theirs.shift)
+            self.frozen = other.frozen
+        theirs.move_shift(self.shift)
+        alone = int(self.count) == 0 or int(other.count) == 0
+        mine = self.tensors()
+        for name, t in theirs.tensors().items():
             if name != "shift":
-                mine += sign * theirs[name]
+                mine[name] += sign * t
+        if sign < 0:
+            self._clear_emptied()
+        if not (alone or self.frozen) and float(self.weight) > 0:
+            self.move_shift(self.mean())
+
+    def _clear_emptied(self) -> None:
+        """Leave no rounding where no row is left."""
+        if int(self.count) == 0:
+            for t in self.tensors().values():
+                t.zero_()
+            self.frozen = False
+        for t in (self.label_weight, self.label_total, self.label_square):
+            t[self.label_count == 0] = 0.0
 
     def relabel(self, groups: Tensor, labels: int) -> Sums:
         """The same rows under new labels: old label k becomes groups[k] [K] (-1: none)."""
@@ -124,21 +174,27 @@ class Sums:
 
     def scatter(self) -> Tensor:
         """Total scatter [D, D] = sum w (x - mean)(x - mean)'."""
-        raw = unpack_tiles(self.tiles, len(self.shift))
-        return raw - torch.outer(self.total[0], self.total[0]) / self.weight
+        return self._about_shift() - torch.outer(self.total[0], self.total[0]) / self.weight
 
     def within(self) -> Tensor:
         """Within-label scatter [D, D] = sum w y y' - sum_k (sum_k w y)(sum_k w y)' / w_k; needs every row labelled."""
+        return self._about_shift() - self._between_shift()
+
+    def between(self) -> Tensor:
+        """Between-label scatter [D, D] = sum_k w_k (mean_k - mean)(mean_k - mean)'; needs every row labelled."""
+        return self._between_shift() - torch.outer(self.total[0], self.total[0]) / self.weight
+
+    def _about_shift(self) -> Tensor:
+        return unpack_tiles(self.tiles, len(self.shift))
+
+    def _between_shift(self) -> Tensor:
         seen = self.label_weight > 0
         scaled = self.label_total[seen] / self.label_weight[seen].sqrt().unsqueeze(1)
-        return unpack_tiles(self.tiles, len(self.shift)) - scaled.T @ scaled
+        return scaled.T @ scaled
 
     def squares(self) -> Tensor:
         """Diagonal of the total scatter [D], never negative."""
-        if len(self.tiles):
-            raw = tile_diagonal(self.tiles, len(self.shift))
-        else:
-            raw = self.square[0]
+        raw = tile_diagonal(self.tiles, len(self.shift)) if len(self.tiles) else self.square[0]
         return (raw - self.total[0] ** 2 / self.weight).clamp_min(0.0)
 
     def label_squares(self) -> Tensor:
@@ -146,12 +202,36 @@ class Sums:
         w = self.label_weight.unsqueeze(1)
         return (self.label_square - self.label_total**2 / w).clamp_min(0.0)
 
+    def offset(self) -> float:
+        """max over columns of ((mean - s)/std)^2, 0 for a constant column; infinite where a sum overflowed."""
+        squares = self.squares()
+        moved = self.total[0] ** 2 / self.weight
+        worst = torch.where(squares > 0, moved / squares, torch.where(moved > 0, moved * torch.inf, 0.0)).max()
+        return float(worst) if bool(squares.isfinite().all() & moved.isfinite().all()) else float("inf")
 
-def shift_of(rows: Tensor) -> Tensor:
-    """Shift [D] from rows [N, D]: their mean rounded to float32, or the value itself where a column is constant."""
-    total = torch.zeros(1, rows.shape[1], dtype=torch.float64, device=rows.device)
-    zero = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    ops.label_sums(rows, None, None, zero, total, None)
-    mean = (total[0] / len(rows)).float().double()
-    first = rows[0].double()
-    return torch.where((rows == rows[0]).all(0), first, mean)
+
+def shift_of(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Shift [D] from rows [N, D]: a typical value of each column, written in few bits; rows of weight 0 have no say.
+
+    The median over runs of consecutive rows of the run's mean, so that a few huge rows cannot move it, rounded to a
+    multiple of a power of two g <= std: at most std/2 away. x - s is then short too, and sums of squares of 16-bit rows
+    hardly round. A constant column gives its value.
+    """
+    n, dim = rows.shape
+    runs = min(RUNS, 1 + n // 16)
+    ids = torch.arange(n, device=rows.device) * runs // n
+    first = 0
+    if weights is not None and bool((weights > 0).any()):
+        ids = ids.where(weights > 0, -1)
+        first = int((weights > 0).long().argmax())
+    base = rows[first].double()
+    sums, squares = torch.zeros(2, runs, dim, dtype=torch.float64, device=rows.device)
+    ops.label_sums(rows, ids.int(), None, base, sums, squares)
+    size = ids[ids >= 0].bincount(minlength=runs).unsqueeze(1)
+    mean = base + (sums / size).nanmedian(0).values
+    variance = (squares / size - (sums / size) ** 2).clamp_min(0.0).nanmedian(0).values
+    grid = torch.exp2(variance.sqrt().log2().floor())
+    shift = torch.where(grid > 0, (mean / grid).round() * grid, mean)
+    if precision.accumulator(rows.dtype) == torch.float32:
+        shift = shift.float().double()
+    return torch.where((squares == 0).all(0), base, shift)

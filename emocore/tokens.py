@@ -151,7 +151,7 @@ def padded_layout(shape: tuple[int, int], mask: Tensor | None, past: int, seen: 
         sequence=torch.arange(b).repeat_interleave(t),
         rank=rank.reshape(-1),
         real=real.reshape(-1),
-        seen=torch.zeros(b, dtype=torch.long) if seen is None else seen,
+        seen=_seen(seen, b),
     )
 
 
@@ -182,8 +182,21 @@ def packed_layout(rows: int, cu_seqlens: Tensor, seen: Tensor | None) -> Layout:
         sequence=torch.cat([sequence, zeros]),
         rank=torch.cat([rank, zeros]),
         real=torch.arange(rows) < int(cu[-1]),
-        seen=torch.zeros(len(lengths), dtype=torch.long) if seen is None else seen,
+        seen=_seen(seen, len(lengths)),
     )
+
+
+def _seen(seen: Tensor | None, sequences: int) -> Tensor:
+    if seen is None:
+        return torch.zeros(sequences, dtype=torch.long)
+    if len(seen) != sequences:
+        raise ShapeError(
+            "tap.batch: its forwards show different numbers of sequences",
+            expected=len(seen),
+            got=sequences,
+            way_out="Open one tap.batch for each batch of sequences.",
+        )
+    return seen
 
 
 def plain_layout(rows: int) -> Layout:

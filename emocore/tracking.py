@@ -77,7 +77,7 @@ class Tracks:
         return values
 
     def _averaged(self, at: Tensor, z: Tensor) -> Tensor:
-        """y_t = (1 - a) y_(t-1) + a z_t [S, n, K]: by chunks, a lower triangle of decays times z, plus the old y's rest."""
+        """y_t = (1 - a) y_(t-1) + a z_t [S, n, K]: by chunks, a triangle of decays times z, plus the old y's rest."""
         t = torch.arange(CHUNK, dtype=torch.float64)
         decay = self.alpha * ((1 - self.alpha) ** (t[:, None] - t).clamp_min(0)).tril()
         fade = ((1 - self.alpha) ** (t + 1))[:, None]

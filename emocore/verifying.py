@@ -30,8 +30,8 @@ class Verified:
 def verify(model: nn.Module, inputs: Mapping[str, Any]) -> Verified:
     """Run `inputs` (the model's keywords) once while capturing every block; compare bit for bit with `hidden_states`.
 
-    Block i must equal `hidden_states[i + 1]` at every real token; the last block may differ from it by the model's final
-    norm. Raises CaptureError naming hook point, row and difference.
+    Block i must equal `hidden_states[i + 1]` at every real token; the last block may differ from it by the model's
+    final norm. Raises CaptureError naming hook point, row and difference.
     """
     names = block_names(model)
     with torch.no_grad(), capture(model, names, Rows) as tap:

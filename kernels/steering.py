@@ -10,7 +10,9 @@ from ._tiles import STEER_BLOCK, STEER_WARPS
 
 @triton.jit(do_not_specialize=["rows"])
 def steer_add_kernel(x_ptr, delta_ptr, out_ptr, rows, x_stride, out_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[r] = x[r] + delta, x, out: [rows, D], delta: [D] float32; summed in float32 (float64 for float64), rounded once."""
+    """out[r] = x[r] + delta, x, out: [rows, D], delta: [D] float32; summed in float32 (float64 for float64), rounded
+    once.
+    """
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < D

@@ -11,14 +11,14 @@ ROOT = Path(__file__).parent.parent / "emocore"
 
 # One line a floor; within a line a module may import only those before it.
 FLOORS = [
-    ["errors", "precision", "labels", "hookpoints", "linalg", "publishing"],
+    ["errors", "precision", "labels", "hookpoints", "linalg", "publishing", "formats"],
     ["reference", "kernels", "_C"],
     ["ops"],
-    ["tokens", "ledger", "blocks", "sums", "pooling"],
-    ["moments", "rows", "sinks", "batches", "forwards", "capturing"],
-    ["verifying", "directions"],
+    ["tokens", "ledger", "blocks", "sums", "pooling", "calibration"],
+    ["readout", "moments", "rows", "sinks", "batches", "forwards", "capturing"],
+    ["verifying", "fitting", "directions"],
     ["steering"],
-    ["monitoring", "store"],
+    ["alarms", "tracking", "monitoring", "store"],
     ["emotions", "integrations"],
     ["demo", "cli", "__main__", "__init__"],
 ]

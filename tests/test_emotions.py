@@ -319,7 +319,7 @@ def test_demo_prints_every_step(minilm, tmp_path, capsys: pytest.CaptureFixture[
         "7  Speed",
     ):
         assert step in shown
-    assert shown.count("equal bit for bit") == 3
+    assert shown.count("equal bit for bit") == 4
     assert "DIFFERS" not in shown
     back = emocore.load(tmp_path / "out" / "emotions.h5")
     assert list(back) == [f"encoder.layer.{i}" for i in range(6)]

@@ -37,7 +37,9 @@ def writer():
 
 
 def test_texts_keep_the_rules_and_are_counted(writer, tmp_path) -> None:
-    made = generate(*writer, ["a letter"], tmp_path, emotions=["calm", "sad"], per_topic=3, words=ANY, max_new_tokens=6, tries=60)
+    made = generate(
+        *writer, ["a letter"], tmp_path, emotions=["calm", "sad"], per_topic=3, words=ANY, max_new_tokens=6, tries=60
+    )
     told = corpus.read_stories(tmp_path / "a_letter.jsonl")
     assert made.kept == 6
     assert collections.Counter(s.emotion for s in told) == {"calm": 3, "sad": 3}
@@ -50,7 +52,17 @@ def test_texts_keep_the_rules_and_are_counted(writer, tmp_path) -> None:
 def test_the_same_seed_writes_the_same_texts(writer, tmp_path) -> None:
     texts = []
     for folder in ("one", "two"):
-        generate(*writer, ["tea"], tmp_path / folder, emotions=["sad"], per_topic=4, words=ANY, max_new_tokens=5, tries=60, seed=3)
+        generate(
+            *writer,
+            ["tea"],
+            tmp_path / folder,
+            emotions=["sad"],
+            per_topic=4,
+            words=ANY,
+            max_new_tokens=5,
+            tries=60,
+            seed=3,
+        )
         texts.append((tmp_path / folder / "tea.jsonl").read_text())
     assert texts[0] == texts[1]
 
@@ -72,7 +84,9 @@ def test_a_run_goes_on_where_it_stopped(writer, tmp_path) -> None:
 def test_a_text_that_keeps_failing_stops_with_the_counts_and_keeps_the_good(writer, tmp_path) -> None:
     (tmp_path / "door.jsonl").write_text('{"emotion": "sad", "text": "the door"}\n')
     with pytest.raises(CorpusError, match=r"kept 1, rejected 3 \(words"):
-        generate(*writer, ["door"], tmp_path, emotions=["sad"], per_topic=2, words=(300, 400), max_new_tokens=4, tries=3)
+        generate(
+            *writer, ["door"], tmp_path, emotions=["sad"], per_topic=2, words=(300, 400), max_new_tokens=4, tries=3
+        )
     assert len(corpus.read_stories(tmp_path / "door.jsonl")) == 1
 
 
@@ -85,7 +99,9 @@ def test_a_chat_template_is_used(writer, tmp_path) -> None:
     model, tokenizer = writer
     tokenizer.chat_template = "{% for m in messages %}she {{ m['content'] }} he{% endfor %}"
     try:
-        made = generate(model, tokenizer, ["tea"], tmp_path, emotions=["sad"], per_topic=1, words=ANY, max_new_tokens=4, tries=60)
+        made = generate(
+            model, tokenizer, ["tea"], tmp_path, emotions=["sad"], per_topic=1, words=ANY, max_new_tokens=4, tries=60
+        )
     finally:
         tokenizer.chat_template = None
     assert made.kept == 1

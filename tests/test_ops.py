@@ -47,7 +47,9 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", list(ops.SCHEMAS))
 def test_every_implementation_agrees_with_the_reference(name: str, dtype: torch.dtype) -> None:
-    """Outputs and mutated arguments alike, to the input's precision: float32 sums of 7 products, one rounding to dtype."""
+    """Outputs and mutated arguments alike, to the input's precision: float32 sums of 7 products, one rounding to
+    dtype.
+    """
     tolerance = {torch.float64: 1e-14}.get(dtype, 1e-5)
     rounding = torch.finfo(dtype).eps if "steer" in name else 0.0
     call = getattr(ops, name)
@@ -113,7 +115,7 @@ def test_implementations_are_named_and_can_be_forced() -> None:
     assert emocore.ops.implementations()["gram"]["cpu"].startswith("native")
     with ops.use("reference"):
         assert {d for row in ops.implementations().values() for d in row.values()} == {"reference"}
-    for isa in ops.native().isas():
+    for isa in ops.native.extension().isas():
         with ops.use(isa):
             assert ops.implementations()["gram"]["cpu"] == f"native ({isa})"
     with pytest.raises(ArgumentError, match="avx2"):

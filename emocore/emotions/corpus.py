@@ -1,7 +1,7 @@
 """The default corpus: one story per emotion and topic, neutral passages, and the rules they keep.
 
-A topic file holds one JSON object a line, {"emotion", "text"}; all its stories are by one hand, so that style cancels in the
-mean over labels. The word, its inflections and its close synonyms (`data/banned.txt`) never occur in a story.
+A topic file holds one JSON object a line, {"emotion", "text"}; all its stories are by one hand, so that style cancels
+in the mean over labels. The word, its inflections and its close synonyms (`data/banned.txt`) never occur in a story.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def stories(names: Sequence[str] | None = None, folder: Path = DATA / "stories")
 
 
 def read_topic(path: Path) -> list[Story]:
-    """Stories of one topic file in the order of WORDS; raises CorpusError for a broken line, a missing or doubled emotion."""
+    """Stories of one topic file in the order of WORDS; raises CorpusError for a broken line, a missing or doubled
+    emotion.
+    """
     found: dict[str, Story] = {}
     for number, entry in _entries(path, ("emotion", "text")):
         emotion = entry["emotion"]
@@ -73,7 +75,9 @@ def read_topic(path: Path) -> list[Story]:
 
 
 def read_stories(path: Path) -> list[Story]:
-    """Every story of a file that `emotions.generate` wrote, any number an emotion; raises CorpusError for a broken line."""
+    """Every story of a file that `emotions.generate` wrote, any number an emotion; raises CorpusError for a broken
+    line.
+    """
     return [Story(path.stem, entry["emotion"], entry["text"]) for _, entry in _entries(path, ("emotion", "text"))]
 
 

@@ -17,8 +17,8 @@ from .geometry import agreement, auroc
 
 @dataclass(frozen=True)
 class Identification:
-    """How texts of known label score: mean one-against-rest `auroc` (chance 0.5), how often the right label is among the
-    ten highest (`top10`), the rank of the right label per text [N] (0 is best), and how many labels there are."""
+    """How texts of known label score: mean one-against-rest `auroc` (chance 0.5), how often the right label is among
+    the ten highest (`top10`), the rank of the right label per text [N] (0 is best), and how many labels there are."""
 
     auroc: float
     top10: float

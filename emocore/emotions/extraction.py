@@ -25,11 +25,13 @@ ByPoint = dict[str, Moments]
 
 
 class Extraction(Mapping[str, Directions]):
-    """What `extract` found: moments by hook point, and as a mapping {hook point: Directions}, the paper's recipe on them.
+    """What `extract` found: moments by hook point, and as a mapping {hook point: Directions}, the paper's recipe on
+    them.
 
-    stories, story_tokens: labelled Moments, one row a story or a token; neutral, neutral_tokens the same without labels.
-    groups: {group: stories of that group}, by topic for the default corpus. rows: {hook point: [N, D]} of pooled stories,
-    with the place of their text in `places`, where `keep_rows` was asked for. seconds, tokens: how long the pass took.
+    stories, story_tokens: labelled Moments, one row a story or a token; neutral, neutral_tokens the same without
+    labels. groups: {group: stories of that group}, by topic for the default corpus. rows: {hook point: [N, D]} of
+    pooled stories, with the place of their text in `places`, where `keep_rows` was asked for. seconds, tokens: how
+    long the pass took.
     """
 
     def __init__(
@@ -115,10 +117,11 @@ def extract(
 ) -> Extraction:
     """Read labelled texts and neutral ones through `model`, accumulating moments at every chosen layer in one pass.
 
-    Without `texts` it reads the stories that ship with emocore, grouped by topic, and the neutral half meant for fits.
-    `layers`: None is the block at 2/3 of the depth, "all" every block, else numbers, names or globs. `skip` real tokens at the
-    start of each text are left out. `groups`, one a text, keep apart what is later left out. `tokenizer` is a Hugging Face
-    tokenizer, padding on either side. Raises ArgumentError, CorpusError, HookPointError, CaptureError.
+    Without `texts` it reads the stories that ship with emocore, grouped by topic, and the neutral half meant for
+    fits. `layers`: None is the block at 2/3 of the depth, "all" every block, else numbers, names or globs. `skip`
+    real tokens at the start of each text are left out. `groups`, one a text, keep apart what is later left out.
+    `tokenizer` is a Hugging Face tokenizer, padding on either side. Raises ArgumentError, CorpusError,
+    HookPointError, CaptureError.
     """
     if texts is None:
         found = corpus.stories()
@@ -237,7 +240,8 @@ def calibrate(
     streams: Sequence[Sequence[str]] | None = None,
     batch_size: int = 32,
 ) -> dict[str, Directions]:
-    """Calibrate directions on neutral text for monitoring: their scale from all its tokens, then EMAs and largest values.
+    """Calibrate directions on neutral text for monitoring: their scale from all its tokens, then EMAs and largest
+    values.
 
     `texts` default to the neutral half that fits leave alone; each is one sequence. `streams` gives sequences in pieces
     instead, such as sentences, each encoded alone and fed in order, as a bidirectional encoder needs.

@@ -57,12 +57,13 @@ def generate(
     max_new_tokens: int = 256,
     progress: bool | None = None,
 ) -> Generated:
-    """Have a causal model write `per_topic` texts per emotion and topic into `out`/<topic>.jsonl, and keep those within the rules.
+    """Have a causal model write `per_topic` texts per emotion and topic into `out`/<topic>.jsonl, and keep those
+    within the rules.
 
-    A text that names its emotion or has not `words` words is sampled again, at most `tries` times; a run that is interrupted
-    goes on where it stopped. kind "story", "dialogue" or "neutral" (which takes no emotion). The tokenizer's chat template
-    is used where it has one. Raises ArgumentError, and CorpusError with the counts when a text keeps failing; all that was
-    good is on disk then.
+    A text that names its emotion or has not `words` words is sampled again, at most `tries` times; a run that is
+    interrupted goes on where it stopped. kind "story", "dialogue" or "neutral" (which takes no emotion). The
+    tokenizer's chat template is used where it has one. Raises ArgumentError, and CorpusError with the counts when a
+    text keeps failing; all that was good is on disk then.
     """
     if not topics or per_topic < 1 or tries < 1:
         raise ArgumentError("topics, per_topic, tries", expected="at least one", got=(len(topics), per_topic, tries))
@@ -93,7 +94,7 @@ def generate(
                 raise CorpusError(
                     f"generate: {waiting[0].emotion!r} on {waiting[0].topic!r} broke the rules {tries} times",
                     got=result,
-                    way_out=f"What was good is in {folder}; give more tries, other words=, or another model, and run again.",
+                    way_out=f"What was good is in {folder}; give more tries, or another model, and run again.",
                 )
     finally:
         model.train(was_training)

@@ -29,7 +29,9 @@ def components(vectors: Directions, k: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def clusters(vectors: Directions, k: int = 10, seed: int = 0, rounds: int = 100) -> Tensor:
-    """Cluster of every direction [K] int64: k-means on unit patterns (Lloyd 1982), seeded by k-means++ (Arthur 2007)."""
+    """Cluster of every direction [K] int64: k-means on unit patterns (Lloyd 1982), seeded by k-means++ (Arthur
+    2007).
+    """
     x = vectors.unit
     if not 1 <= k <= len(x):
         raise ArgumentError("k", expected=f"1 .. {len(x)}", got=k)

@@ -6,19 +6,20 @@ from ..errors import ArgumentError
 from .corpus import LONGEST, SHORTEST, banned_forms
 
 STORY = (
-    "Write one paragraph of {shortest} to {longest} words: a short story that has to do with {topic}, in which somebody is "
-    "{emotion}. Let it show only in what happens, what the person thinks and does, and what their body does. {ban} Choose a "
-    "voice, a place and a beginning that nobody else would choose. Give the story alone, without a title."
+    "Write one paragraph of {shortest} to {longest} words: a short story that has to do with {topic}, in which "
+    "somebody is {emotion}. Let it show only in what happens, what the person thinks and does, and what their body "
+    "does. {ban} Choose a voice, a place and a beginning that nobody else would choose. Give the story alone, without "
+    "a title."
 )
 DIALOGUE = (
-    "Write a conversation of {shortest} to {longest} words between two people that has to do with {topic}. One of them is "
-    "{emotion}, and it shows only in how and what they say. {ban} Give the conversation alone, as one paragraph with the "
-    "speech in quotation marks."
+    "Write a conversation of {shortest} to {longest} words between two people that has to do with {topic}. One of them "
+    "is {emotion}, and it shows only in how and what they say. {ban} Give the conversation alone, as one paragraph "
+    "with the speech in quotation marks."
 )
 NEUTRAL = (
-    "Write a conversation of {shortest} to {longest} words between two people that has to do with {topic}. They exchange "
-    "practical information: times, places, numbers, steps. Nothing is felt, judged or at stake. Give the conversation "
-    "alone, as one paragraph with the speech in quotation marks."
+    "Write a conversation of {shortest} to {longest} words between two people that has to do with {topic}. They "
+    "exchange practical information: times, places, numbers, steps. Nothing is felt, judged or at stake. Give the "
+    "conversation alone, as one paragraph with the speech in quotation marks."
 )
 KINDS = {"story": STORY, "dialogue": DIALOGUE, "neutral": NEUTRAL}
 

@@ -22,7 +22,8 @@ from .words import CLUSTERS
 
 @dataclass(frozen=True)
 class Reading:
-    """Scores of texts at one hook point: per token [T, K] and per text [N, K] (the mean over its tokens from `skip` on).
+    """Scores of texts at one hook point: per token [T, K] and per text [N, K] (the mean over its tokens from `skip`
+    on).
 
     Scores are z where the directions are calibrated, else centered.
     """
@@ -113,8 +114,8 @@ def read(
 ) -> Any:
     """Read texts through `model` and score every token: a Reading, or {hook point: Reading} for a mapping of vectors.
 
-    A text's score is the mean over its tokens from rank `skip` on (all of them where it is shorter). Raises ArgumentError,
-    HookPointError, ShapeError.
+    A text's score is the mean over its tokens from rank `skip` on (all of them where it is shorter). Raises
+    ArgumentError, HookPointError, ShapeError.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     several = {vectors.hook_point or "": vectors} if isinstance(vectors, Directions) else dict(vectors)

@@ -16,7 +16,9 @@ LONGEST = 4096  # tokens, where neither model nor tokenizer names a limit
 
 
 class TextBatch(NamedTuple):
-    """Places [B] of its texts in the list they came from, input_ids [B, T], attention_mask [B, T], and the padding id."""
+    """Places [B] of its texts in the list they came from, input_ids [B, T], attention_mask [B, T], and the padding
+    id.
+    """
 
     places: list[int]
     input_ids: Tensor
@@ -32,7 +34,9 @@ def longest(model: nn.Module, tokenizer: Any) -> int:
 
 
 class Encoded(NamedTuple):
-    """Token ids of one text, special tokens included, and where each token stands in it (an empty span for special ones)."""
+    """Token ids of one text, special tokens included, and where each token stands in it (an empty span for special
+    ones).
+    """
 
     ids: list[int]
     spans: list[tuple[int, int]]
@@ -41,7 +45,9 @@ class Encoded(NamedTuple):
 def encode(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int | None = None, special: bool = True
 ) -> list[Encoded]:
-    """Every text tokenised, cut at what model and tokenizer can take; raises ArgumentError for texts without a token."""
+    """Every text tokenised, cut at what model and tokenizer can take; raises ArgumentError for texts without a
+    token.
+    """
     if not texts:
         raise ArgumentError("texts: none given", way_out="Give at least one text.")
     if not getattr(tokenizer, "is_fast", False):
@@ -51,7 +57,9 @@ def encode(
             got=type(tokenizer).__name__,
         )
     limit = min(max_length or LONGEST, longest(model, tokenizer))
-    found = tokenizer(list(texts), truncation=True, max_length=limit, add_special_tokens=special, return_offsets_mapping=True)
+    found = tokenizer(
+        list(texts), truncation=True, max_length=limit, add_special_tokens=special, return_offsets_mapping=True
+    )
     encoded = [Encoded(ids, spans) for ids, spans in zip(found["input_ids"], found["offset_mapping"], strict=True)]
     empty = [i for i, text in enumerate(encoded) if not text.ids]
     if empty:
@@ -59,9 +67,7 @@ def encode(
     return encoded
 
 
-def batches(
-    tokenizer: Any, encoded: Sequence[Encoded], size: int, left: bool | None = None
-) -> Iterator[TextBatch]:
+def batches(tokenizer: Any, encoded: Sequence[Encoded], size: int, left: bool | None = None) -> Iterator[TextBatch]:
     """Batches of texts of like length, so that little is padding; padded on the tokenizer's own side unless told."""
     pad = next(
         (i for name in ("pad", "eos", "unk") if (i := getattr(tokenizer, f"{name}_token_id", None)) is not None), 0
@@ -87,7 +93,9 @@ def run(model: nn.Module, batch: TextBatch) -> Any:
 
 
 class Progress:
-    """tqdm's progress bar over tokens (or another unit), where tqdm is there and stderr a terminal or `show` says so."""
+    """tqdm's progress bar over tokens (or another unit), where tqdm is there and stderr a terminal or `show` says
+    so.
+    """
 
     def __init__(self, what: str, total: int, show: bool | None = None, unit: str = "tokens") -> None:
         self.done = 0

@@ -1,0 +1,88 @@
+"""Tiny models: random weights in the shapes of the common families, and one whose tokens never mix."""
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+PAD, EOS, BOS, VOCAB = 0, 1, 2, 64
+
+
+def _build(family: str, **changes: Any) -> nn.Module:
+    import transformers
+
+    common = {
+        "vocab_size": VOCAB,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": BOS,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    grouped = {**common, "num_key_value_heads": 1, "intermediate_size": 32}
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**grouped | changes),
+        "gpt2": lambda: transformers.GPT2Config(**common | changes),
+        "gemma": lambda: transformers.GemmaConfig(**grouped | {"head_dim": 8} | changes),
+        "mixtral": lambda: transformers.MixtralConfig(
+            **grouped | {"num_local_experts": 4, "num_experts_per_tok": 2} | changes
+        ),
+    }[family]()
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., nn.Module]:
+    """tiny("llama" | "gpt2" | "gemma" | "mixtral", **config): a causal model of 3 blocks, 16 wide, a copy of its own."""
+    built: dict[str, nn.Module] = {}
+
+    def make(family: str = "llama", **changes: Any) -> nn.Module:
+        key = f"{family} {sorted(changes.items())}"
+        if key not in built:
+            built[key] = _build(family, **changes)
+        return copy.deepcopy(built[key])
+
+    return make
+
+
+class Affine(nn.Module):
+    """x -> scale x + shift, element by element: the same bits whatever stands beside a token."""
+
+    def __init__(self, scale: float, shift: float) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(shift))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+class Tokenwise(nn.Module):
+    """Embeddings of ids [B, T] through affine blocks; the padding id is NaN everywhere."""
+
+    def __init__(self, dim: int = 5, blocks: int = 2) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
+        self.embed = nn.Embedding(VOCAB, dim)
+        self.layers = nn.ModuleList(Affine(1.5 + i, 0.25 * i) for i in range(blocks))
+        with torch.no_grad():
+            self.embed.weight.copy_(torch.randn(VOCAB, dim, generator=torch.Generator().manual_seed(0)))
+            self.embed.weight[PAD] = torch.nan
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(scope="session")
+def tokenwise() -> Callable[..., Tokenwise]:
+    """tokenwise(dim=5, blocks=2): a model whose tokens never mix, so that statistics can be compared bit for bit."""
+    return Tokenwise
