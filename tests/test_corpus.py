@@ -2,13 +2,18 @@
 
 import collections
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from emocore.emotions import CLUSTERS, WORDS, cluster_of, corpus, valence
 from emocore.errors import CorpusError
 
+HELD_BACK = Path(__file__).parent / "data"
 STORIES = corpus.stories()
+HELD_STORIES = corpus.stories(["library"], HELD_BACK)
+HELD_PASSAGES = corpus.neutral(path=HELD_BACK / "neutral_heldout.jsonl")
 
 
 def test_words_are_the_171_of_the_study() -> None:
@@ -39,9 +44,16 @@ def test_banned_forms_cover_every_word_and_catch_the_word_itself() -> None:
     assert not corpus.banned_words("mad", "She made a nomad's tent.")
 
 
+def test_what_is_held_back_keeps_the_rules_too() -> None:
+    assert len(HELD_STORIES) == 171
+    assert not {s.emotion: faults for s in HELD_STORIES if (faults := corpus.faults(s))}
+    assert collections.Counter(p.kind for p in HELD_PASSAGES) == dict.fromkeys(corpus.KINDS, 20)
+    assert "library" not in corpus.topics()
+
+
 def test_no_near_duplicates() -> None:
-    texts = [(s.topic, s.emotion, s.text) for s in STORIES]
-    texts += [("neutral", str(i), p.text) for i, p in enumerate(corpus.neutral())]
+    texts = [(s.topic, s.emotion, s.text) for s in STORIES + HELD_STORIES]
+    texts += [("neutral", str(i), p.text) for i, p in enumerate(corpus.neutral() + HELD_PASSAGES)]
     owner: dict[tuple[str, ...], tuple[str, str]] = {}
     shared = []
     for topic, emotion, text in texts:
@@ -65,6 +77,32 @@ def test_length_does_not_tell_the_emotion() -> None:
     means = [sum(v) / len(v) for v in lengths.values()]
     overall = sum(means) / len(means)
     assert max(abs(m - overall) for m in means) < overall / 4
+
+
+def test_the_voice_does_not_lean_one_way() -> None:
+    """Between a third and two thirds of the stories are told in the first person, in every topic."""
+    spoken = re.compile(r'"[^"]*"')
+    for topic in corpus.topics():
+        texts = [spoken.sub("", s.text) for s in STORIES if s.topic == topic]
+        share = sum(bool(re.search(r"\b(I|my|me)\b", text)) for text in texts) / len(texts)
+        assert 1 / 3 <= share <= 2 / 3, topic
+
+
+def test_vocabulary_is_wide_and_no_word_carries_an_emotion_alone() -> None:
+    """Some 200,000 words hold many thousand distinct ones; one in most of an emotion's stories is common."""
+    counts: collections.Counter[str] = collections.Counter()
+    holding: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for s in STORIES:
+        words = re.findall(r"[a-z']+", s.text.lower())
+        counts.update(words)
+        holding[s.emotion].update(set(words))
+    assert len(counts) > 8_000
+    common = {word for word, _ in counts.most_common(1_000)}
+    topics = len(corpus.topics())
+    telling = {
+        (e, w): n for e, found in holding.items() for w, n in found.items() if n > 3 / 4 * topics and w not in common
+    }
+    assert not telling
 
 
 def test_neutral_is_balanced_and_its_halves_are_apart() -> None:
