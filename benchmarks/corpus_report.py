@@ -1,6 +1,6 @@
 """Figures of the default corpus: AUROC by block, method and number of topics, on a topic held back; what is confused.
 
-Run it with `make corpus`. The held-back topic and passages stand in tests/data and are used for evaluation alone.
+Run it with `make corpus`. The held-back topic stands in tests/data and is used for evaluation alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from emocore.emotions.extraction import Extraction, two_thirds
 from emocore.emotions.templates import template_texts
 from emocore.hookpoints import block_names
 
-HELD_BACK = Path(__file__).parent.parent / "tests" / "data"
+HELD_BACK = Path(__file__).parent.parent / "tests" / "data" / "stories"
 METHODS = ("difference", "whitened")
 
 
@@ -31,7 +31,7 @@ class Report:
         self.blocks = block_names(self.model)
         self.lexical = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings())
         self.main = self.blocks[two_thirds(len(self.blocks))]
-        self.held = [story for topic in corpus.topics(HELD_BACK) for story in corpus.stories([topic], HELD_BACK)]
+        self.held = corpus.stories(folder=HELD_BACK)
         told = corpus.stories()
         self.labels, self.groups = [s.emotion for s in told], [s.topic for s in told]
         self.found = self._extract([s.text for s in told], self.labels, self.groups, skip=49)

@@ -1,8 +1,9 @@
 """Capture: hooks that stage the selected rows of a forward and hand them to any sink when the forward has ended well.
 
-A forward is a transaction. The root's pre-hook begins it, each hook point stages its rows, the root's post-hook commits
-them all. A forward that an exception leaves open is rolled back by the next begin, or by leaving the tap: nothing of it
-reaches a sink. What fires inside a backward is recomputation by activation checkpointing: counted, not accumulated.
+A forward is a transaction. The root's pre-hook begins it, each hook point stages its rows, the root's post-hook
+commits them all. A forward that an exception ends is rolled back, at the latest by the next begin or by the end of the
+capture: nothing of it reaches a sink. What fires inside a backward is recomputation by checkpointing, and is counted
+as such.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from .batches import Batch, Call
 from .errors import ArgumentError, CaptureError, TokenError
-from .forwards import Forward
-from .hookpoints import HookSpec, read_output, resolve, token_ids
+from .forwards import Forward, in_backward, outside_autograd
+from .hookpoints import HookSpec, bare, read_output, resolve, token_ids
 from .labels import Labels
 from .sinks import Binding, Bound, bind, check_sinks, is_factory
 from .tokens import Spans, Tokens
@@ -50,7 +51,7 @@ class Tap:
         self._forwards: dict[int, Forward | None] = {}  # by thread; None is one that is not to be captured
         self._batches: list[Batch] = []
         self._lock = threading.Lock()  # of sinks and ledgers
-        self._signature = inspect.signature(model.forward)
+        self._signature = inspect.signature(bare(model).forward)
 
     @property
     def ledger(self) -> dict[str, Any]:
@@ -112,6 +113,7 @@ class Tap:
         try:
             yield
         except BaseException:
+            self._roll_back(threading.get_ident())
             self._close(batch, keep=False)
             raise
         self._close(batch, keep=True)
@@ -119,7 +121,7 @@ class Tap:
     def _close(self, batch: Batch, keep: bool) -> None:
         pools, batch.pools = batch.pools, {}
         failed: BaseException | None = None
-        with self._lock, _outside_autograd():
+        with self._lock, outside_autograd():
             for binding, pool in pools.items():
                 try:
                     binding.form(pool.close(), batch.ids(binding.labels), keep and failed is None)
@@ -131,7 +133,7 @@ class Tap:
     # --- begin, stage, commit
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _in_backward():
+        if in_backward():
             return
         thread = threading.get_ident()
         self._roll_back(thread)
@@ -141,10 +143,9 @@ class Tap:
         batch = self._current()
         implicit = batch is None
         batch = batch or Batch()
-        given = self._given(args, kwargs)
-        call = Call.of(given, batch)
-        if call.mask is None and batch.cu_seqlens is None:
-            self._check_padding(given.get("input_ids"))
+        call = Call.of(self._given(args, kwargs), batch)
+        if call.mask is None and batch.cu_seqlens is None and call.shown is not None:
+            self._check_padding(call.shown[:, : batch.written_from(call)])
         batch.check(call)
         self._check_labels(batch)
         self._forwards[thread] = Forward(batch, implicit, call, token_ids(self.model, "eos", "pad"))
@@ -155,10 +156,9 @@ class Tap:
         except TypeError:  # the model's own call will say what is wrong with its arguments
             return kwargs
 
-    def _check_padding(self, input_ids: Any) -> None:
-        pads = token_ids(self.model, "pad") - token_ids(self.model, "eos")
-        for pad in pads if isinstance(input_ids, Tensor) else ():
-            if pad in input_ids:
+    def _check_padding(self, ids: Tensor) -> None:
+        for pad in token_ids(self.model, "pad") - token_ids(self.model, "eos"):
+            if not ids.is_floating_point() and pad in ids:
                 raise TokenError(
                     f"attention_mask: none was given, yet the batch holds the padding id {pad}",
                     way_out="Pass the tokenizer's attention_mask to the model, or tap.batch(mask=...).",
@@ -167,7 +167,7 @@ class Tap:
     def _fire(self, hook_point: str, output: Any) -> None:
         hidden = read_output(output)
         thread = threading.get_ident()
-        if _in_backward():
+        if in_backward():
             self._count(hook_point, hidden, "recomputed")
         elif thread not in self._forwards:
             self._count(hook_point, hidden, "orphan")
@@ -178,7 +178,7 @@ class Tap:
                 way_out=f"Call the {root} that was given to capture, or capture the module that you call.",
             )
         elif (forward := self._forwards[thread]) is not None:
-            with _outside_autograd():
+            with outside_autograd():
                 forward.stage(hook_point, self._points[hook_point], hidden)
 
     def _count(self, hook_point: str, hidden: Tensor, what: str) -> None:
@@ -188,7 +188,7 @@ class Tap:
                 binding.ledger.tokens.add(offered=n, **{what: n})
 
     def _commit(self, module: nn.Module, args: Any, output: Any) -> None:
-        if _in_backward():
+        if in_backward():
             return
         thread = threading.get_ident()
         forward = self._forwards.get(thread)
@@ -208,10 +208,15 @@ class Tap:
                 )
         del self._forwards[thread]
         closing = self._closing(forward.batch) if forward.implicit else contextlib.nullcontext()
-        with closing, self._lock, _outside_autograd():
+        with closing, self._lock, outside_autograd():
             self._record(forward)
             forward.commit()
             self.committed += 1
+
+    def _abandon(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Roll back at once what an exception has ended; torch does not call this for a KeyboardInterrupt."""
+        if not in_backward():
+            self._roll_back(threading.get_ident())
 
     def _record(self, forward: Forward) -> None:
         for hook_point, bindings in self._points.items():
@@ -240,6 +245,7 @@ class Tap:
         for name in self._points:
             self._handles.append(self._modules[name].register_forward_hook(_stager(self, name)))
         self._handles.append(self.model.register_forward_hook(self._commit))
+        self._handles.append(self.model.register_forward_hook(self._abandon, always_call=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -275,19 +281,6 @@ def _stager(tap: Tap, hook_point: str) -> Callable[..., None]:
         tap._fire(hook_point, output)
 
     return stage
-
-
-@contextlib.contextmanager
-def _outside_autograd() -> Iterator[None]:
-    """Sinks get plain tensors, whatever mode the model runs in."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _in_backward() -> bool:
-    """Whether this thread is inside an autograd backward: torch says so only by a private call."""
-    task = getattr(torch._C, "_current_graph_task_id", None)
-    return task is not None and task() >= 0
 
 
 def capture(
@@ -340,7 +333,7 @@ def capture(
 
 
 def _check_model(model: nn.Module) -> None:
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+    if "decoder_input_ids" in inspect.signature(bare(model).forward).parameters:
         raise ArgumentError(
             f"model: {type(model).__name__} has two token streams, an encoder's and a decoder's",
             way_out="Give capture the encoder or the decoder; it is captured while the whole model runs.",

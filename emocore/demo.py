@@ -201,12 +201,12 @@ class Demo:
         parts = [("neutral", self.reserved[0]), ("desperate", story), ("neutral", self.reserved[1])]
         rule = emocore.Threshold(fpr=0.05, on="ema")
         watched = {"desperate": rule}
-        with emocore.monitor(self.model, vectors, alarms=watched, history=100) as watch:
+        with emocore.monitor(self.model, vectors, alarms=watched, history=10_000) as watch:
             shown = [(kind, s) for kind, text in parts for s in sentences(text)]
             ends = self._feed(watch, "stream", [s for _, s in shown])
         (at,) = vectors[self.main].index(["desperate"])
-        ema = self._ema(watch.trace("stream")[:, at])
-        level = watch.watchers[self.main].levels["desperate"]
+        ema = watch.trace("stream", on="ema")[:, at]
+        level = watch.levels[self.main]["desperate"]
         fired = {next(i for i, end in enumerate(ends) if alarm.position < end) for alarm in watch.alarms}
         top = max(float(ema.max()), level)
         start = 0
@@ -233,14 +233,6 @@ class Demo:
                         run(self.model, batch)
                     ends.append((ends[-1] if ends else 0) + int(batch.attention_mask.sum()))
         return ends
-
-    @staticmethod
-    def _ema(z: Tensor, alpha: float = 1 / 8) -> Tensor:
-        value, out = 0.0, []
-        for score in z.tolist():
-            value += alpha * (score - value)
-            out.append(value)
-        return torch.tensor(out)
 
     def steer(self, vectors: Mapping[str, Directions]) -> None:
         title(f"5b Steer {self.main}, read {self.late}")

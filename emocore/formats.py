@@ -20,7 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-KEY, CHECKSUM = "emocore", "crc32"  # of the JSON text and of it all: metadata in safetensors, datasets in HDF5
+KEY = "emocore"  # of the JSON text: the metadata in safetensors, a dataset in HDF5
+CHECKSUM = "crc32"  # a tensor beside the others
+FOLDER = "tensors/"  # of the tensors in HDF5
 MAX_TEXT = 16 << 20  # bytes of JSON, which parsed take some twenty times the memory
 DTYPES = ("float64", "float32", "int64")
 
@@ -55,8 +57,14 @@ def checksum(text: str, tensors: dict[str, Tensor]) -> int:
     return crc
 
 
-def _check(text: str, tensors: dict[str, Tensor], crc: int) -> tuple[str, dict[str, Tensor]]:
-    if checksum(text, tensors) != crc:
+def _sealed(text: str, tensors: dict[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """The tensors as arrays, which unlike tensors may share memory when saved, with the checksum among them."""
+    return {CHECKSUM: np.array([checksum(text, tensors)]), **{name: t.numpy() for name, t in tensors.items()}}
+
+
+def _opened(text: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    crc = tensors.pop(CHECKSUM)
+    if crc.tolist() != [checksum(text, tensors)]:
         raise ValueError("the checksum does not fit")
     return text, tensors
 
@@ -65,17 +73,15 @@ def _check(text: str, tensors: dict[str, Tensor], crc: int) -> tuple[str, dict[s
 
 
 def _to_safetensors(tensors: dict[str, Tensor], text: str) -> bytes:
-    # by way of NumPy, which lets tensors share memory
-    metadata = {KEY: text, CHECKSUM: str(checksum(text, tensors))}
-    return safetensors.numpy.save({name: t.numpy() for name, t in tensors.items()}, metadata=metadata)
+    return safetensors.numpy.save(_sealed(text, tensors), metadata={KEY: text})
 
 
 def _from_safetensors(data: bytes) -> tuple[str, dict[str, Tensor]]:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
         raise ValueError("the header is cut off")
-    metadata = parse(data[8 : 8 + length])["__metadata__"]
-    return _check(metadata[KEY], safetensors.torch.load(data), int(metadata[CHECKSUM]))
+    text = parse(data[8 : 8 + length])["__metadata__"][KEY]
+    return _opened(text, safetensors.torch.load(data))
 
 
 # --- HDF5
@@ -85,10 +91,9 @@ def _to_hdf5(tensors: dict[str, Tensor], text: str) -> bytes:
     # built in memory, because h5py on a live disk loses data when the disk fills
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
-        file.create_dataset(KEY, data=np.frombuffer(text.encode(), dtype=np.uint8))
-        file.create_dataset(CHECKSUM, data=np.array([checksum(text, tensors)]))
-        for name, t in tensors.items():
-            file.create_dataset(f"tensors/{name}", data=t.numpy())
+        file[KEY] = np.frombuffer(text.encode(), dtype=np.uint8)
+        for name, array in _sealed(text, tensors).items():
+            file[f"{FOLDER}{name}"] = array
     return buffer.getvalue()
 
 
@@ -97,13 +102,13 @@ def _from_hdf5(data: bytes) -> tuple[str, dict[str, Tensor]]:
         found = dict(_datasets(file))
         if sum(dataset.nbytes for dataset in found.values()) > len(data):
             raise ValueError("datasets claim more than the file holds")
-        text, crc = _array(found.pop(KEY), ["uint8"]), _array(found.pop(CHECKSUM), ["int64"])
+        text = _array(found.pop(KEY), ["uint8"]).tobytes().decode()
         tensors = {}
         for name, dataset in found.items():
-            if not name.startswith("tensors/"):
+            if not name.startswith(FOLDER):
                 raise ValueError(f"dataset {name!r} is unknown")
-            tensors[name.removeprefix("tensors/")] = torch.from_numpy(_array(dataset, DTYPES))
-    return _check(text.tobytes().decode(), tensors, int(crc[0]))
+            tensors[name.removeprefix(FOLDER)] = torch.from_numpy(_array(dataset, DTYPES))
+    return _opened(text, tensors)
 
 
 def _array(dataset: h5py.Dataset, dtypes: Sequence[str]) -> np.ndarray[Any, Any]:
@@ -126,6 +131,8 @@ def _datasets(group: h5py.Group, prefix: str = "", depth: int = 0) -> Iterator[t
         if isinstance(item, h5py.Group):
             yield from _datasets(item, f"{name}/", depth + 1)
             continue
+        if not isinstance(item, h5py.Dataset):
+            raise ValueError(f"{name!r} is neither group nor dataset")
         made = item.id.get_create_plist()
         # contiguous data in the file itself: no chunks, so no filters; no external files, no views of other datasets
         if made.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or made.get_external_count():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,3 +166,16 @@ class Forward:
         requests = self.batch.requests
         if requests is not None and len(requests) != layout.sequences:
             raise ArgumentError("requests", expected=f"{layout.sequences} ids, one a sequence", got=len(requests))
+
+
+@contextlib.contextmanager
+def outside_autograd() -> Iterator[None]:
+    """Sinks get plain tensors, whatever mode the model runs in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside an autograd backward: torch says so only by a private call."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() >= 0

@@ -114,16 +114,23 @@ def token_ids(model: nn.Module, *kinds: str) -> frozenset[int]:
     frozenset()
     """
     found: set[int] = set()
-    for config in (_text_config(model), getattr(model, "generation_config", None)):
+    for config in (_text_config(model), getattr(bare(model), "generation_config", None)):
         for kind in kinds:
             ids = getattr(config, f"{kind}_token_id", None)
             found.update(ids if isinstance(ids, (list, tuple)) else () if ids is None else (ids,))
     return frozenset(found)
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper for data parallelism; else the model."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return model
+
+
 def _text_config(model: nn.Module) -> Any:
     """The model's configuration; of one with several towers, that of its text model."""
-    config = getattr(model, "config", None)
+    config = getattr(bare(model), "config", None)
     text = getattr(config, "get_text_config", None)
     return text() if callable(text) else config
 

@@ -116,7 +116,10 @@ def row_weights(weights: Weights | None, shape: Sequence[int]) -> Tensor | None:
     """Weights [N] float64 of every row of a batch of leading `shape`; raises ArgumentError for what is no weight."""
     if weights is None:
         return None
-    given = weights.detach() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights, dtype=np.float64))
+    try:
+        given = weights.detach() if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights, np.float64))
+    except (ValueError, TypeError) as error:
+        raise ArgumentError("weights", expected="numbers", got=str(error)) from error
     spread = spread_labels(given.to("cpu", torch.float64), shape, "weights")
     bad = ~(spread.isfinite() & (spread >= 0))
     if bool(bad.any()):

@@ -29,11 +29,11 @@ def unpack_tiles(tiles: Tensor, dim: int) -> Tensor:
 
 
 def pack_tiles(matrix: Tensor) -> Tensor:
-    """Packed lower tiles [T, 128, 128] of a symmetric [D, D] matrix: the inverse of `unpack_tiles`."""
+    """Packed lower tiles [T, 128, 128] of a symmetric [D, D] matrix; `unpack_tiles` reads only its lower triangle."""
     dim = matrix.shape[0]
     panels = -(-dim // TILE)
     padded = matrix.new_zeros(panels * TILE, panels * TILE)
-    padded[:dim, :dim] = matrix.tril()
+    padded[:dim, :dim] = matrix
     return torch.stack(
         [padded[i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE] for i in range(panels) for j in range(i + 1)]
     )

@@ -340,7 +340,8 @@ class Moments(ReadOut):
     def __repr__(self) -> str:
         dim = "?" if self._sums is None else str(self.dim)
         kind = "covariance" if self.keeps_covariance else "means"
-        return f"Moments({self.count:,} rows, D={dim}, {len(self.labels)} labels, {kind})"
+        rows = "interrupted" if self._torn else f"{self.count:,} rows"
+        return f"Moments({rows}, D={dim}, {len(self.labels)} labels, {kind})"
 
 
 @contextlib.contextmanager

@@ -79,18 +79,22 @@ class Sums:
         return Sums(**copies, frozen=self.frozen)
 
     def fold(self, block: Block) -> None:
-        """Add a block, in row order; a shift not yet frozen is taken from it, and stays if it is large enough."""
+        """Add a block, in row order. A large one freezes the shift; until then, the one that most weight stands behind."""
         rows, ids, weights = block
-        if not self.frozen:
+        few = len(rows) < precision.FREEZE_ROWS
+        added = float(len(rows) if weights is None else weights.cumsum(0)[-1])
+        if not self.frozen and (not few or added > float(self.weight)):
             self.move_shift(shift_of(rows, weights))
-            self.frozen = len(rows) >= precision.FREEZE_ROWS
+            self.frozen = not few
+        if few:
+            rows = rows.double()  # no rounding averages out, and exact sums cost little
         if precision.accumulator(rows.dtype) == torch.float32:
             self.move_shift(self.shift.float().double())  # what float32 kernels subtract
         self._add_sums(rows, None, weights, self.total, self.square)
         if len(self.tiles):
             ops.gram(rows, weights, self.shift, self.tiles)
         self.count += len(rows)
-        self.weight += len(rows) if weights is None else weights.cumsum(0)[-1].cpu()
+        self.weight += added
         if k := len(self.label_count):
             self._add_sums(rows, ids, weights, self.label_total, self.label_square)
             kept = ids >= 0

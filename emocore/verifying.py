@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .capturing import capture
 from .errors import CaptureError
-from .hookpoints import block_names
+from .hookpoints import block_names, read_output
 from .ledger import Ledger
 from .rows import Rows
 
@@ -28,13 +29,16 @@ class Verified:
 
 
 def verify(model: nn.Module, inputs: Mapping[str, Any]) -> Verified:
-    """Run `inputs` (the model's keywords) once while capturing every block; compare bit for bit with `hidden_states`.
+    """Run `inputs` (the model's keywords) once while capturing every block, and compare every row bit for bit.
 
-    Block i must equal `hidden_states[i + 1]` at every real token; the last block may differ from it by the model's
-    final norm. Raises CaptureError naming hook point, row and difference.
+    At every real token the output of block i must be what block i + 1, or the final norm, is given, and must be
+    `hidden_states[i + 1]`; the last of these through the final norm, where the model shows it so. Raises CaptureError
+    naming hook point, row and difference.
     """
     names = block_names(model)
-    with torch.no_grad(), capture(model, names, Rows) as tap:
+    norm = _final_norm(model, names)
+    readers = [model.get_submodule(name) for name in names[1:]] + ([norm] if norm is not None else [])
+    with torch.no_grad(), capture(model, names, Rows) as tap, _inputs_of(readers) as given:
         hidden = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None)
     if hidden is None or len(hidden) != len(names) + 1:
         raise CaptureError(
@@ -46,18 +50,19 @@ def verify(model: nn.Module, inputs: Mapping[str, Any]) -> Verified:
     mask = inputs.get("attention_mask")
     real = torch.ones(hidden[0].shape[:2], dtype=torch.bool) if mask is None else mask.to("cpu") != 0
     compared: dict[str, int] = {}
-    for name, shown in zip(names, hidden[1:], strict=True):
-        rows, expected = tap.sinks[name].rows, shown[real.to(shown.device)]
-        if len(rows) != len(expected):
+    for i, name in enumerate(names):
+        rows, shown = tap.sinks[name].rows, hidden[i + 1]
+        if len(rows) != int(real.sum()):
             raise CaptureError(
                 f"verify: {name!r} captured another number of rows",
-                expected=f"{len(expected)} real tokens",
+                expected=f"{int(real.sum())} real tokens",
                 got=f"{len(rows)}, and {tap.ledger[name].tokens.nonfinite} that are not finite",
             )
-        norm = _final_norm(model, names) if name == names[-1] else None
-        if norm is not None and not torch.equal(rows, expected):
+        if i in given and given[i].shape == shown.shape:
+            _compare(name, rows, given[i], real, "what the model goes on with")
+        if norm is not None and name == names[-1] and not torch.equal(rows, _at(shown, real)):
             rows = _normed(norm, rows, shown, real)
-        _compare(name, rows, expected)
+        _compare(name, rows, shown, real, "the model's hidden state")
         compared[name] = len(rows)
     return Verified(compared, tap.ledger)
 
@@ -69,20 +74,46 @@ def _final_norm(model: nn.Module, names: list[str]) -> nn.Module | None:
     return norms[-1] if norms else None
 
 
+@contextlib.contextmanager
+def _inputs_of(modules: list[nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """What each module is given first [B, T, D], by its place in the list, before any hook of its own."""
+    given: dict[int, Tensor] = {}
+
+    def keep(place: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given[place] = read_output((*args, *kwargs.values())).clone()
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(keep(place), prepend=True, with_kwargs=True)
+        for place, module in enumerate(modules)
+    ]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _at(hidden: Tensor, real: Tensor) -> Tensor:
+    return hidden[real.to(hidden.device)]
+
+
 def _normed(norm: nn.Module, rows: Tensor, like: Tensor, real: Tensor) -> Tensor:
     """norm(rows), in the shape that the model calls it with: other shapes may round otherwise."""
     whole = torch.zeros_like(like)
     whole[real.to(like.device)] = rows
     with torch.no_grad():
-        normed: Tensor = norm(whole)
-    return normed[real.to(like.device)]
+        return _at(norm(whole), real)
 
 
-def _compare(name: str, rows: Tensor, expected: Tensor) -> None:
+def _compare(name: str, rows: Tensor, whole: Tensor, real: Tensor, what: str) -> None:
+    expected = _at(whole, real)
     other = (rows != expected).any(1)
     if bool(other.any()):
         raise CaptureError(
-            f"verify: {name!r}, row {int(other.nonzero()[0])}, differs from the model's hidden state",
+            f"verify: {name!r}, row {int(other.nonzero()[0])}, differs from {what}",
             expected="equal values",
             got=f"a difference of up to {float((rows - expected).abs().max()):.3g} in {int(other.sum())} rows",
             way_out="Something alters the residual stream after this hook point: look for hooks on the module.",

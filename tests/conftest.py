@@ -40,7 +40,7 @@ def _build(family: str, **changes: Any) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
-    """tiny("llama" | "gpt2" | "gemma" | "mixtral", **config): a causal model of 3 blocks, 16 wide, a copy of its own."""
+    """tiny("llama" | "gpt2" | "gemma" | "mixtral", **config): a causal model of 3 blocks, 16 wide."""
     built: dict[str, nn.Module] = {}
 
     def make(family: str = "llama", **changes: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from emocore.errors import CorpusError
 
 HELD_BACK = Path(__file__).parent / "data"
 STORIES = corpus.stories()
-HELD_STORIES = corpus.stories(["library"], HELD_BACK)
+HELD_STORIES = corpus.stories(["library"], HELD_BACK / "stories")
 HELD_PASSAGES = corpus.neutral(path=HELD_BACK / "neutral_heldout.jsonl")
 
 

@@ -27,7 +27,7 @@ def hidden_of(model, ids, mask, block):
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_generation_shows_every_token_once(tiny, family, cached) -> None:
     """The last token written is never fed back; without a cache every step shows all tokens before it again."""
-    model, rows = tiny(family, eos_token_id=None), Rows()
+    model, rows = tiny(family, eos_token_id=None, pad_token_id=None), Rows()
     with capture(model, {1: rows}) as tap:
         out = generated(model, tap, use_cache=cached)
     ledger = next(iter(tap.ledger.values()))
@@ -48,9 +48,7 @@ def test_rows_of_a_generation_are_those_of_its_whole_text(tiny, cached) -> None:
         hidden = hidden_of(model, out[:, :-1], whole, 1)
     for label in (0, 1):
         # attention over other shapes rounds otherwise: a few float32 units in the last place of values around 1
-        torch.testing.assert_close(
-            rows.rows[rows.ids == label], hidden[label][whole[label] == 1], rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(rows.rows[rows.ids == label], hidden[label][whole[label] == 1], rtol=1e-5, atol=1e-5)
 
 
 def test_skip_and_pool_go_on_through_a_generation(tiny) -> None:
@@ -170,8 +168,8 @@ def test_another_number_of_sequences_in_one_batch_is_refused(tiny) -> None:
     model, ids = tiny("llama"), torch.arange(5, 11).reshape(2, 3)
     with torch.no_grad(), capture(model, {1: Moments()}) as tap, tap.batch():
         cache = model(ids[:1], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
         with pytest.raises(ShapeError, match=r"different numbers of sequences; expected 1; got 2"):
-            cache.batch_repeat_interleave(2)
             model(ids, past_key_values=cache)
         with pytest.raises(TokenError, match="different sequences"):
             model(ids)

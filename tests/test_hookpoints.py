@@ -74,7 +74,9 @@ def test_dots_in_a_glob_are_dots(tiny) -> None:
 
 
 def test_an_unknown_name_lists_near_matches(tiny) -> None:
-    with pytest.raises(HookPointError, match=r"'model.layer.1': no such module in LlamaFor.*Did you mean .*'model.layers.1'"):
+    with pytest.raises(
+        HookPointError, match=r"'model.layer.1': no such module in LlamaFor.*Did you mean .*'model.layers.1'"
+    ):
         resolve(tiny("llama"), "model.layer.1")
 
 
@@ -85,7 +87,9 @@ def test_a_glob_that_matches_nothing_lists_near_matches(tiny) -> None:
 
 @pytest.mark.parametrize("number", [3, -4])
 def test_a_block_number_out_of_range_names_the_range(tiny, number) -> None:
-    with pytest.raises(HookPointError, match=rf"expected -3 .. 2; got {number}.*3 blocks, model.layers.0 .. model.layers.2"):
+    with pytest.raises(
+        HookPointError, match=rf"expected -3 .. 2; got {number}.*3 blocks, model.layers.0 .. model.layers.2"
+    ):
         resolve(tiny("llama"), number)
 
 

@@ -115,6 +115,27 @@ def test_padded_statistics_of_a_causal_model_equal_unpadded_ones(tiny, family, s
     torch.testing.assert_close(both.covariance(), alone.covariance(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_real_token_that_is_not_finite_takes_its_row_and_nothing_else(tokenwise, bad) -> None:
+    """Token rows lose the token, pooled rows the sequence: what is left has the same bits as if they were masked."""
+    model, rules = tokenwise(), [Tokens(), Tokens(pool="mean"), Tokens(pool="max"), Tokens(pool="last")]
+    model.embed.weight.data[8, 3] = bad  # the fourth token of the first text
+    ids, mask = padded(TEXTS, SIDES["left"], 9)
+    token, sequence = mask * (ids != 8), mask * torch.tensor([[0], [1], [1], [1]])
+    got, *others = ([], [], [])
+    for feed, sinks in ((mask, got), (token, others[0]), (sequence, others[1])):
+        with torch.no_grad(), capture(model, {0: [(Moments(covariance=True), rule) for rule in rules]}) as tap:
+            model(ids, feed)
+        sinks.extend(tap.sinks["layers.0"])
+    for one, other in zip(got, [others[0][0], *others[1][1:]], strict=True):
+        one.ledger.check()
+        assert one.count == other.count > 0
+        assert torch.equal(one.covariance(), other.covariance())
+        assert one.mean_norm == other.mean_norm
+        assert one.ledger.tokens.nonfinite == 1
+    assert [stats.ledger.rows.nonfinite for stats in got] == [0, 1, 1, 1]
+
+
 def test_texts_shorter_than_the_skip_form_no_row(tokenwise) -> None:
     model, rows = tokenwise(), Rows()
     with torch.no_grad(), capture(model, {"layers.0": rows}, tokens=Tokens(skip=4, pool="mean")) as tap:
@@ -170,13 +191,17 @@ def test_forwards_without_a_mask_are_recorded(tokenwise) -> None:
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(2, 1, 3, 3), torch.ones(2, 4), torch.ones(1, 3), {"full_attention": None}],
+    "mask",
+    [torch.ones(2, 1, 3, 3), torch.ones(2, 4), torch.ones(1, 3), {"full_attention": None}],
     ids=["4-D", "too wide", "other batch", "dict"],
 )
 def test_a_mask_that_does_not_tell_tokens_apart_is_refused(tokenwise, mask) -> None:
     model, ids = tokenwise(), torch.full((2, 3), 5)
     with capture(model, {"layers.0": Moments()}) as tap:
-        with pytest.raises(ShapeError, match=r"attention_mask; expected \[2, 3\].*tap.batch\(mask=...\)"), tap.batch(mask=mask):
+        with (
+            pytest.raises(ShapeError, match=r"attention_mask; expected \[2, 3\].*tap.batch\(mask=...\)"),
+            tap.batch(mask=mask),
+        ):
             model(ids)
         with tap.batch(mask=torch.ones(2, 3)):
             model(ids, attention_mask=mask)

@@ -90,7 +90,9 @@ def test_pooled_capture_equals_the_direct_computation(tokenwise, kind) -> None:
     tokens = [hidden[0, 1:5], hidden[1, 1:3]]
     direct = {"mean": lambda x: x.double().mean(0).float(), "last": lambda x: x[-1], "max": lambda x: x.amax(0)}[kind]
     # float64 sums of a handful of float32 values are exact up to the last rounding, which both share
-    torch.testing.assert_close(tap.sinks["layers.0"].rows, torch.stack([direct(x) for x in tokens]), rtol=2**-23, atol=0)
+    torch.testing.assert_close(
+        tap.sinks["layers.0"].rows, torch.stack([direct(x) for x in tokens]), rtol=2**-23, atol=0
+    )
     ledger = tap.ledger["layers.0"]
     ledger.check()
     assert (ledger.tokens.offered, ledger.tokens.selected, ledger.tokens.masked, ledger.tokens.skipped) == (15, 6, 6, 3)
@@ -146,7 +148,7 @@ def test_a_pooled_row_closes_at_the_end_of_the_batch_not_of_the_forward(tiny) ->
 def test_pooled_rows_of_a_batch_that_fails_are_dropped_and_counted(tokenwise) -> None:
     model, rows = tokenwise(), Rows()
     with capture(model, {"layers.0": rows}, tokens=Tokens(pool="mean")) as tap:
-        with pytest.raises(ZeroDivisionError), tap.batch():
+        with pytest.raises(ZeroDivisionError), tap.batch():  # noqa: PT012
             model(IDS, MASK)
             raise ZeroDivisionError
         with tap.batch():

@@ -27,7 +27,7 @@ def test_skip_must_be_a_count(skip) -> None:
 
 
 def test_pool_must_be_known() -> None:
-    with pytest.raises(ArgumentError, match="pool.*'mean', 'last' or 'max'.*'median'"):
+    with pytest.raises(ArgumentError, match=r"pool.*'mean', 'last' or 'max'.*'median'"):
         Tokens(pool="median")
 
 
@@ -103,7 +103,9 @@ def test_the_first_token_of_a_sequence_is_not_counted_in_the_norm() -> None:
 
 def test_spans_keep_ranks_not_columns() -> None:
     layout = padded_layout((2, 5), LEFT, 0, None)
-    kept = select(layout, Tokens(span="answer"), [{"answer": [(1, 3)]}, {"answer": [(0, 1), (4, 9)], "other": [(2, 3)]}])
+    kept = select(
+        layout, Tokens(span="answer"), [{"answer": [(1, 3)]}, {"answer": [(0, 1), (4, 9)], "other": [(2, 3)]}]
+    )
     assert kept.index.tolist() == [3, 4, 5, 9]
     assert (kept.masked, kept.skipped) == (2, 4)
 
@@ -156,7 +158,7 @@ def test_packed_sequences_have_ranks_of_their_own_and_the_rest_is_padding() -> N
     "bounds", [[1, 4], [0, 5, 3], [0, 9], [], [[0, 4]]], ids=["not from 0", "falling", "too far", "empty", "2-D"]
 )
 def test_bounds_that_make_no_sense_are_refused(bounds) -> None:
-    with pytest.raises(ShapeError, match="cu_seqlens; expected .* rising from 0 to at most 8"):
+    with pytest.raises(ShapeError, match=r"cu_seqlens; expected .* rising from 0 to at most 8"):
         packed_layout(8, torch.tensor(bounds, dtype=torch.int32), None)
 
 
