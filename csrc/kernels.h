@@ -5,7 +5,7 @@
 
 namespace emocore {
 
-// The summation tree of DESIGN.md: fp32 along a chain, fp32 along a block of chains, float64 after that.
+// The summation tree of emocore/precision.py: fp32 along a chain, fp32 along a block of chains, float64 after that.
 constexpr int64_t TILE = 128;         // columns of one tile of the packed covariance
 constexpr int64_t CHAIN = 256;        // consecutive rows (columns, in project) summed by one register
 constexpr int64_t BLOCK_CHAINS = 32;  // chains summed before the fold into float64

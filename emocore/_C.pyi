@@ -1,5 +1,5 @@
 # ruff: noqa: N999
-"""The CPU kernels. Formulas, shapes and accumulators: DESIGN.md, "Numerical contract", and `csrc/*_cpu.h`.
+"""The CPU kernels. Formulas, shapes and accumulators: emocore/precision.py and `csrc/*_cpu.h`.
 
 A NumPy array is seen as rows of its last axis, which is contiguous; one axis is one row. The tuple
 `(address, dtype, rows, cols, row_stride)` says the same of any memory, the stride in elements; a 1-D array is

@@ -94,19 +94,16 @@ class Forward:
         self.fires[hook_point] = self.fires.get(hook_point, 0) + 1
         layout = self._layout(hook_point, hidden)
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
+        gathered: dict[Tokens, tuple[Tensor, Tensor, Tensor]] = {}  # bindings of one rule share their rows
         for binding in bindings:
             key = (id(layout), binding.rule)
             if key not in self._selections:
                 self._selections[key] = select(layout, binding.rule, self.batch.spans)
             selection = self._selections[key]
             ids = self.batch.ids_of(binding, layout, selection)
-            n = len(selection.index)
-            rows = flat.new_empty(n, flat.shape[1])
-            norms = flat.new_empty(n, dtype=torch.float64)
-            finite = flat.new_empty(n, dtype=torch.bool)
-            index = None if n == len(flat) else selection.index.to(flat.device)
-            ops.stage(flat, index, rows, norms, finite)
-            self.staged.append(Staged(binding, layout, selection, ids, rows, norms.cpu(), finite.cpu()))
+            if binding.rule not in gathered:
+                gathered[binding.rule] = _gather(flat, selection)
+            self.staged.append(Staged(binding, layout, selection, ids, *gathered[binding.rule]))
 
     def commit(self) -> None:
         """Hand over all that is staged; when a sink raises, what comes after it is rolled back."""
@@ -166,6 +163,16 @@ class Forward:
         requests = self.batch.requests
         if requests is not None and len(requests) != layout.sequences:
             raise ArgumentError("requests", expected=f"{layout.sequences} ids, one a sequence", got=len(requests))
+
+
+def _gather(flat: Tensor, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    """Selected rows [n, D] of flat [N, D], their norms [n] float64 and whether they are finite [n]; zeros where not."""
+    n = len(selection.index)
+    rows = flat.new_empty(n, flat.shape[1])
+    norms = flat.new_empty(n, dtype=torch.float64)
+    finite = flat.new_empty(n, dtype=torch.bool)
+    ops.stage(flat, None if n == len(flat) else selection.index.to(flat.device), rows, norms, finite)
+    return rows, norms.cpu(), finite.cpu()
 
 
 @contextlib.contextmanager

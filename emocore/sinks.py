@@ -17,7 +17,7 @@ Bound: TypeAlias = Any  # a sink, (sink, Tokens), a list of either, or a factory
 
 
 class Sink(Protocol):
-    """What rows are handed to.
+    """What rows are handed to; they may be other sinks' too, so it must not change them.
 
     A sink that has `absorb(rows, ids, norms)` gets the token norms too and counts its rows itself; one that has
     `observe(observed)` gets every row's sequence and rank instead of its label.

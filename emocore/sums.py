@@ -15,6 +15,8 @@ from .linalg import pack_tiles, tile_count, tile_diagonal, unpack_tiles
 from .precision import TILE
 
 RUNS = 31  # of a block, whose medians set the shift
+PIECES = 128  # of a block of float64 rows, that label sums are formed in one by one
+PIECE_SUMS = 2048  # most sums [D] that the pieces of a block may take
 
 
 @dataclass
@@ -106,10 +108,20 @@ class Sums:
         self, rows: Tensor, ids: Tensor | None, weights: Tensor | None, total: Tensor, square: Tensor
     ) -> None:
         # A block is summed on its own first: rounding then grows with the blocks, not with the rows.
-        sums, squares = torch.zeros_like(total), torch.zeros_like(square)
-        ops.label_sums(rows, ids, weights, self.shift, sums, squares if len(square) else None)
-        total += sums
-        square += squares
+        labels, n = len(total), len(rows)
+        pieces = 1
+        if rows.dtype == torch.float64:  # and as a tree, where products have no bits to spare
+            pieces = 1 << (min(PIECES, PIECE_SUMS // labels) | 1).bit_length() - 1
+            piece = torch.arange(n, device=rows.device) * pieces // n * labels
+            ids = (piece if ids is None else torch.where(ids >= 0, piece + ids, -1)).int()
+        sums = total.new_zeros(pieces, *total.shape)
+        squares = sums.new_zeros(pieces, *square.shape)
+        flat = squares.flatten(0, 1) if len(square) else None
+        ops.label_sums(rows, ids, weights, self.shift, sums.flatten(0, 1), flat)
+        for mine, parts in ((total, sums), (square, squares)):
+            while len(parts) > 1:
+                parts = parts[0::2] + parts[1::2]
+            mine += parts[0]
 
     def move_shift(self, shift: Tensor) -> None:
         """Express the sums about another shift: exact algebra, rounded in float64."""

@@ -1,7 +1,7 @@
 """Tiny models: random weights in the shapes of the common families, and one whose tokens never mix."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,18 +38,26 @@ def _build(family: str, **changes: Any) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.fixture(scope="session")
-def tiny() -> Callable[..., nn.Module]:
-    """tiny("llama" | "gpt2" | "gemma" | "mixtral", **config): a causal model of 3 blocks, 16 wide."""
-    built: dict[str, nn.Module] = {}
+_built: dict[str, nn.Module] = {}
 
-    def make(family: str = "llama", **changes: Any) -> nn.Module:
-        key = f"{family} {sorted(changes.items())}"
-        if key not in built:
-            built[key] = _build(family, **changes)
-        return copy.deepcopy(built[key])
 
-    return make
+def _copy(family: str = "llama", **changes: Any) -> nn.Module:
+    key = f"{family} {sorted(changes.items())}"
+    if key not in _built:
+        _built[key] = _build(family, **changes)
+    return copy.deepcopy(_built[key])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Callable[..., nn.Module]]:
+    """tiny("llama" | "gpt2" | "gemma" | "mixtral", **config): a causal model of 3 blocks, 16 wide.
+
+    The module's tests run on one thread: on products this small, threads only wait for each other.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield _copy
+    torch.set_num_threads(before)
 
 
 class Affine(nn.Module):

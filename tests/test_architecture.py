@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "emocore"
 # One line a floor; within a line a module may import only those before it.
 FLOORS = [
     ["errors", "precision", "labels", "hookpoints", "linalg", "publishing", "formats"],
-    ["reference", "kernels", "_C"],
+    ["reference", "kernels", "_C", "native"],
     ["ops"],
     ["tokens", "ledger", "blocks", "sums", "pooling", "calibration"],
     ["readout", "moments", "rows", "sinks", "batches", "forwards", "capturing"],
@@ -68,6 +68,23 @@ def test_imports_only_go_down(part: str, path: Path) -> None:
 def test_every_listed_module_exists() -> None:
     listed = {name for row in FLOORS for name in row} - {"_C"}
     assert listed == {part for part, _ in parts()} | {"kernels"}
+
+
+def test_the_map_in_the_docs_is_true() -> None:
+    """docs/architecture.md lists every module, floor by floor, with the first line of its docstring."""
+    text = (ROOT.parent / "docs" / "architecture.md").read_text()
+    found = [line for line in text.splitlines() if line.startswith("| `")]
+    assert found == [f"| `{name}` | {floor} | {summary(name)} |" for name, (floor, _) in HEIGHT.items()]
+
+
+def summary(name: str) -> str:
+    """The first sentence of a module's docstring."""
+    fixed = {"kernels": "Triton kernels, one file an op.", "_C": "The compiled extension (csrc/)."}
+    path = ROOT / f"{name}.py" if (ROOT / f"{name}.py").exists() else ROOT / name / "__init__.py"
+    if name in fixed:
+        return fixed[name]
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(doc.split("\n\n")[0].split())
 
 
 def test_no_module_bears_the_name_of_a_public_function() -> None:

@@ -30,11 +30,13 @@ def test_every_module_says_what_it_is() -> None:
 
 
 def test_readme_examples_run(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's Python blocks, in order, in one namespace, on the demo's model and three of the topics."""
+    """The README's Python blocks, in order, in one namespace, on the demo's model and a part of the corpus."""
     from emocore.demo import load_model
     from emocore.emotions import corpus
 
-    monkeypatch.setattr(corpus, "topics", lambda folder=None: ["kitchen", "letter", "match"])
+    passages = corpus.neutral
+    monkeypatch.setattr(corpus, "topics", lambda folder=None: ["kitchen", "letter"])
+    monkeypatch.setattr(corpus, "neutral", lambda part=None: passages(part)[:60])
 
     model, tokenizer, _ = load_model(None)
     monkeypatch.chdir(tmp_path)

@@ -217,3 +217,14 @@ def test_copy_is_independent() -> None:
     resumed.load_state_dict(kept)
     assert_bitwise(m, resumed)
     assert m.ledger != Ledger()
+
+
+def test_shift_that_float32_cannot_hold_serves_float32_rows() -> None:
+    """What the float32 kernels subtract is what the sums are about, or tiles and totals would not belong together."""
+    wide, m = Moments(covariance=True), Moments(covariance=True, dtype=torch.float32)
+    x = randn(9000) + (1e9 + 20.3)  # floats of 32 bits lie 64 apart there
+    y = 1e9 + 64 * torch.randint(0, 8, (9000, D), generator=torch.Generator().manual_seed(0)).float()
+    wide.update(x)
+    m.merge(wide)
+    m.update(y)
+    torch.testing.assert_close(m.covariance(), torch.cov(torch.cat([x, y.double()]).T), rtol=1e-5, atol=0.1)

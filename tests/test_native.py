@@ -27,7 +27,7 @@ WIDTHS = (1, 3, 15, 17, 65, 100, 384)
 UNITS = _C.CHAIN**0.5 + _C.BLOCK_CHAINS**0.5 + 4
 ROUNDING = {dtype: UNITS * (2.0**-53 if dtype == torch.float64 else 2.0**-24) for dtype in DTYPES}
 
-# Variance bias and correlation error that DESIGN.md allows.
+# Variance bias and correlation error that emocore/precision.py allows.
 CONTRACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1.5e-5}
 
 each_width = pytest.mark.parametrize("D", WIDTHS)
