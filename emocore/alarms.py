@@ -86,7 +86,7 @@ class Threshold:
                 f"alarm {name!r}: the reference is too small for fpr={self.fpr}",
                 expected=f"at least {need} neutral sequences",
                 got=sequences,
-                way_out=f"Read more neutral text, or ask for fpr >= {3 / max(sequences, 1):.3g}.",
+                way_out=f"Read more neutral text, or ask for fpr >= 3/{max(sequences, 4)}.",
             )
 
 

@@ -61,7 +61,7 @@ def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
 
 def whitener(covariance: Tensor) -> Tensor:
     """Symmetric inverse square root C^(-1/2) [D, D]; raises FitError where C is singular to working precision."""
-    values, vectors = _eigh(covariance)
+    values, vectors = torch.linalg.eigh(_finite(covariance))
     floor = values[-1].clamp_min(0) * covariance.shape[0] * torch.finfo(covariance.dtype).eps
     if not bool(values[-1] > 0) or bool(values[0] <= floor):
         raise FitError(
@@ -72,12 +72,10 @@ def whitener(covariance: Tensor) -> Tensor:
     return (vectors * values.rsqrt()) @ vectors.T
 
 
-def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues [D] and eigenvectors [D, D], in columns; raises FitError for NaN or Inf."""
+def _finite(covariance: Tensor) -> Tensor:
     if not bool(covariance.isfinite().all()):
         raise FitError("covariance: not finite", way_out="Some statistic overflowed, or a label had no row.")
-    values, vectors = torch.linalg.eigh(covariance)
-    return values, vectors
+    return covariance
 
 
 def principal_subspace(covariance: Tensor, explained: float) -> tuple[Tensor, float]:
@@ -92,10 +90,10 @@ def principal_subspace(covariance: Tensor, explained: float) -> tuple[Tensor, fl
     if not 0.0 <= explained <= 1.0:
         raise FitError("explained", expected="a fraction 0 .. 1 of the variance", got=explained)
     dim = covariance.shape[0]
-    trace = covariance.trace()
+    trace = _finite(covariance).trace()
     if explained == 0.0 or not bool(trace > 0):
         return covariance.new_zeros(0, dim), 0.0
-    values, vectors = _eigh(covariance)
+    values, vectors = torch.linalg.eigh(covariance)
     share = values.flip(0).clamp_min(0).cumsum(0) / trace
     # the last share is 1 only to rounding: asking for all of it must not run past the end
     k = min(int((share < explained - 1e-12).sum()) + 1, dim)

@@ -143,8 +143,6 @@ def _is_free(hidden: Tensor, weights: set[int], around: Any) -> bool:
     """Whether writing to `hidden` is seen by its readers alone: not by autograd, the caller, the weights or a view."""
     if torch.is_grad_enabled() or hidden.requires_grad or not hidden.is_contiguous():
         return False
-    if hidden.is_inference() and not torch.is_inference_mode_enabled():
-        return False
     address = _address(hidden)
     whole = hidden.untyped_storage().nbytes() == hidden.nbytes
     return whole and address not in weights and sum(_address(t) == address for t in _tensors(around)) == 1

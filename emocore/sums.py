@@ -15,7 +15,7 @@ from .linalg import pack_tiles, tile_count, tile_diagonal, unpack_tiles
 from .precision import TILE
 
 RUNS = 31  # of a block, whose medians set the shift
-PIECES = 128  # of a block of float64 rows, that label sums are formed in one by one
+PIECE_ROWS = 64  # fewest float64 rows that are summed on their own
 PIECE_SUMS = 2048  # most sums [D] that the pieces of a block may take
 
 
@@ -81,7 +81,7 @@ class Sums:
         return Sums(**copies, frozen=self.frozen)
 
     def fold(self, block: Block) -> None:
-        """Add a block, in row order. A large one freezes the shift; until then, the one that most weight stands behind."""
+        """Add a block, in row order. A large one freezes the shift; until then it is that of the heaviest."""
         rows, ids, weights = block
         few = len(rows) < precision.FREEZE_ROWS
         added = float(len(rows) if weights is None else weights.cumsum(0)[-1])
@@ -111,7 +111,8 @@ class Sums:
         labels, n = len(total), len(rows)
         pieces = 1
         if rows.dtype == torch.float64:  # and as a tree, where products have no bits to spare
-            pieces = 1 << (min(PIECES, PIECE_SUMS // labels) | 1).bit_length() - 1
+            most = max(1, min(n // PIECE_ROWS, PIECE_SUMS // labels))
+            pieces = 1 << (most.bit_length() - 1)
             piece = torch.arange(n, device=rows.device) * pieces // n * labels
             ids = (piece if ids is None else torch.where(ids >= 0, piece + ids, -1)).int()
         sums = total.new_zeros(pieces, *total.shape)

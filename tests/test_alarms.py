@@ -103,12 +103,12 @@ def test_a_fresh_sequence_fires_with_at_most_the_asked_probability() -> None:
     assert rate < fpr
 
 
-@pytest.mark.parametrize(("fpr", "need"), [(0.01, 300), (0.1, 30), (0.001, 3000), (0.3, 10)])
+@pytest.mark.parametrize(("fpr", "need"), [(0.01, 300), (0.1, 30), (0.001, 3000), (0.3, 10), (3 / 49, 49)])
 def test_a_reference_too_small_for_the_rate_is_an_error_with_the_way_out(fpr: float, need: int) -> None:
     enough = vectors(stream_of(randn(need, K)))
     Threshold(fpr=fpr).levels(enough, "a", *DEFAULTS)
     short = vectors(stream_of(randn(need - 1, K)))
-    said = rf"too small for fpr={fpr}; expected at least {need} .*; got {need - 1}\. .*ask for fpr >= "
+    said = rf"too small for fpr={fpr}; expected at least {need} .*; got {need - 1}\. .*ask for fpr >= 3/{need - 1}\."
     with pytest.raises(CalibrationError, match=said):
         Threshold(fpr=fpr).levels(short, "a", *DEFAULTS)
 
@@ -167,6 +167,10 @@ def test_hysteresis_joins_what_stays_above_the_release() -> None:
 
 def test_at_the_level_is_not_above_it() -> None:
     assert watched([4.0, 4.0], Threshold(z=4.0, on="token")).alarms == []
+    model = Toy()
+    with monitor(model, vectors(), alarms={"a": Threshold(z=4.0, on="token")}) as watch:
+        model(torch.tensor([[[4.0, 0.0], [5.0, 0.0]]]).double())
+    assert [alarm.position for alarm in watch.alarms] == [1]
 
 
 def test_an_alarm_does_not_depend_on_how_forwards_cut_the_sequence() -> None:

@@ -190,6 +190,20 @@ def test_statistics_of_inference_mode_can_be_updated_outside(tokenwise) -> None:
     assert torch.equal(stats.covariance(), whole.covariance())
 
 
+@pytest.mark.parametrize("pool", [None, "mean", "last", "max"])
+def test_sinks_get_ordinary_tensors_in_inference_mode(tokenwise, pool) -> None:
+    class Kinds:
+        def update(self, x, labels=None) -> None:
+            assert not x.is_inference()
+            assert not x.requires_grad
+
+    model = tokenwise()
+    with torch.inference_mode(), capture(model, {"layers.0": Kinds()}, tokens=Tokens(pool=pool)) as tap:
+        model(IDS)
+    settle(tap, 12, 12)
+    assert tap.ledger["layers.0"].rows.accumulated == (12 if pool is None else 3)
+
+
 def test_kept_rows_do_not_change_with_the_model(tokenwise) -> None:
     """A module that works in place afterwards must not reach what was captured."""
     model = tokenwise()

@@ -1,7 +1,7 @@
 """NIST's one-way analyses of variance (StRD), from streamed label moments, against the ceiling of their own data.
 
-The data are rounded to float64 before anyone sums them: the digits that exact arithmetic reaches on the rounded data are the
-ceiling, and RELIABILITY.md promises to stay within 0.3 of a digit of it.
+The data are rounded to float64 before anyone sums them. The digits that exact arithmetic reaches on the rounded data
+are the ceiling; what is promised is to stay within 0.3 of a digit of it.
 """
 
 import math

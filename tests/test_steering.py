@@ -275,12 +275,14 @@ def test_training_goes_on_under_steering() -> None:
     assert weight.grad.abs().sum() > 0
 
 
-def test_inference_first_and_training_after() -> None:
-    model, vectors = Stack(nn.Linear(D, D), nn.Identity()), vectors_of(randn(2, D))
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta: a device that the vectors must be moved to
+def test_inference_first_and_training_after(device: str) -> None:
+    model, vectors = Stack(nn.Linear(D, D, device=device), nn.Identity()), vectors_of(randn(2, D))
+    x = randn(1, 2, D, dtype=torch.float32).to(device)
     with steer(model, vectors, add={"a": 0.5}, ablate="b"):
         with torch.inference_mode():
-            model(randn(1, 2, D, dtype=torch.float32))
-        model(randn(1, 2, D, dtype=torch.float32)).sum().backward()
+            model(x)
+        model(x).sum().backward()
 
 
 # --- containers

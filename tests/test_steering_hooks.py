@@ -81,6 +81,7 @@ class Kept(nn.Module):
         self.how = how
         self.held = nn.Parameter(randn(1, 3, D, seed=7), requires_grad=False)
         self.register_buffer("table", randn(4, 3, D, seed=8))
+        self.plain = randn(4, 3, D, seed=9)
 
     def forward(self, x: Tensor) -> Any:
         table = self.get_buffer("table")
@@ -92,23 +93,36 @@ class Kept(nn.Module):
             "parameter's data": lambda: self.held.detach(),
             "buffer": lambda: table,
             "part of a buffer": lambda: table[:1],
+            "part of what it keeps": lambda: self.plain[:1],
             "expanded": lambda: x[:, :1].expand(-1, 3, -1),
         }[self.how]()
 
 
 @pytest.mark.parametrize(
-    "how", ["input", "view", "flat", "parameter", "parameter's data", "buffer", "part of a buffer", "expanded"]
+    "how",
+    [
+        "input",
+        "view",
+        "flat",
+        "parameter",
+        "parameter's data",
+        "buffer",
+        "part of a buffer",
+        "part of what it keeps",
+        "expanded",
+    ],
 )
 def test_the_caller_s_tensor_and_the_weights_are_never_written_to(how: str) -> None:
     block = Kept(how)
     x, vectors = randn(1, 3, D, seed=4), vectors_of(randn(2, D))
-    before = {name: t.clone() for name, t in block.state_dict().items()}
+    before, plain = {name: t.clone() for name, t in block.state_dict().items()}, block.plain.clone()
     expected = block(x).clone() + 2.0 * vectors.unit[0]
     x_before = x.clone()
     found = run(vectors, x, Stack(block), add=ADD)
     torch.testing.assert_close(found, expected, rtol=1e-15, atol=1e-15)
     assert torch.equal(x, x_before)
     assert all(torch.equal(t, before[name]) for name, t in block.state_dict().items())
+    assert torch.equal(block.plain, plain)
 
 
 def test_an_input_given_by_keyword_or_in_a_container_is_not_written_to() -> None:

@@ -123,18 +123,25 @@ def test_captured_rows_hold_no_graph(tiny) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_whole_model_that_is_recomputed_is_counted_once(tiny, reentrant) -> None:
+    """Its batch is closed by then, and nothing is left open by it."""
     model, (ids, mask) = tiny("llama").train(), BATCHES[0]
     hold = torch.ones(1, requires_grad=True)  # reentrant checkpointing needs an input with a gradient
 
     def loss(hold):
         return model(ids, attention_mask=mask, labels=ids).loss * hold
 
-    with capture(model, {1: Rows()}) as tap:
+    with capture(model, {1: Rows(labels=["a", "b"])}) as tap:
         for _ in range(2):
-            checkpoint(loss, hold, use_reentrant=reentrant).backward()
+            with tap.batch(labels=["a", "b"]):
+                out = checkpoint(loss, hold, use_reentrant=reentrant)
+            out.backward()
+        with pytest.raises(CaptureError, match="ran outside a forward"):
+            model.model(ids, attention_mask=mask)
     ledger = tap.ledger["model.layers.1"]
     ledger.check()
-    assert (len(tap.sinks["model.layers.1"]), ledger.tokens.recomputed, ledger.forwards) == (12, 16, 2)
+    tokens = ledger.tokens
+    assert (len(tap.sinks["model.layers.1"]), ledger.forwards) == (12, 2)
+    assert (tokens.recomputed, tokens.orphan, tokens.rolled_back) == (16, 8, 0)
 
 
 def test_recomputation_after_a_failed_forward_is_still_recomputation(tiny) -> None:

@@ -73,6 +73,24 @@ def test_a_hook_that_alters_a_block_before_the_capture_sees_it_is_part_of_the_mo
     assert set(verify(model, INPUTS).rows.values()) == {9}
 
 
+def test_what_a_block_does_to_its_own_input_is_not_held_against_the_one_before(tiny) -> None:
+    model = tiny("llama")
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
+    assert set(verify(model, INPUTS).rows.values()) == {9}
+
+
+def test_hidden_states_that_are_not_the_models_own_are_found(tiny) -> None:
+    model = tiny("llama")
+
+    def alter(module, args, output):
+        output.hidden_states = (*output.hidden_states[:-1], output.hidden_states[-1] + 1e-3)
+        return output
+
+    model.register_forward_hook(alter)
+    with pytest.raises(CaptureError, match=r"layers.2', row 0, differs from the model's hidden state.* in 9 rows"):
+        verify(model, INPUTS)
+
+
 def test_values_that_are_not_finite_are_found(tiny) -> None:
     model = tiny("llama")
     model.model.embed_tokens.weight.data[11] = torch.inf
