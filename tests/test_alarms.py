@@ -103,7 +103,7 @@ def test_a_fresh_sequence_fires_with_at_most_the_asked_probability() -> None:
     assert rate < fpr
 
 
-@pytest.mark.parametrize(("fpr", "need"), [(0.01, 300), (0.1, 30), (0.001, 3000), (0.3, 10), (3 / 49, 49)])
+@pytest.mark.parametrize(("fpr", "need"), [(0.01, 300), (0.1, 30), (0.001, 3000), (0.3, 10), (3 / 47, 47)])
 def test_a_reference_too_small_for_the_rate_is_an_error_with_the_way_out(fpr: float, need: int) -> None:
     enough = vectors(stream_of(randn(need, K)))
     Threshold(fpr=fpr).levels(enough, "a", *DEFAULTS)

@@ -256,9 +256,11 @@ def test_a_dead_writer_s_temporary_is_swept_and_others_files_are_not(saved: Path
 def test_a_link_named_like_a_temporary_is_not_followed(saved: Path) -> None:
     secret = saved.parent / "secret"
     secret.write_bytes(b"kept")
-    (saved.parent / f".0123{SUFFIX}").symlink_to(secret)
+    link = saved.parent / f".0123{SUFFIX}"
+    link.symlink_to(secret)
     publish(saved, NEW)
     assert secret.read_bytes() == b"kept"
+    assert link.is_symlink()
 
 
 def test_writers_at_once_leave_one_whole_file(saved: Path) -> None:
