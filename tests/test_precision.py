@@ -42,13 +42,14 @@ def errors(covariance: Tensor, x: Tensor) -> tuple[float, float, float]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_bound_holds_whatever_the_mean_and_scale(dtype: torch.dtype, ratio: float) -> None:
-    bound = precision.BOUND[dtype]
     for seed, n in enumerate((200, 512, 8192, 20_000)):
+        bound = precision.BOUND[dtype if n >= precision.FREEZE_ROWS else torch.float64]
         x = rows(dtype, n, ratio, seed)
         m = Moments(covariance=True, strict=True)
         m.update(x)
         variance, correlation, _ = errors(m.covariance(), x)
-        assert m.precision()["variance_bound"] == bound
+        # a shift that is not frozen yet may lie a little farther off
+        assert bound <= m.precision()["variance_bound"] <= bound * (1 if n >= precision.FREEZE_ROWS else 2)
         assert variance <= bound, n
         assert correlation <= bound, n
 
