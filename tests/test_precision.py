@@ -192,3 +192,14 @@ def test_means_are_float64_sums_for_any_rows() -> None:
     m = Moments()
     m.update(torch.randn(600, 2))
     assert m.precision()["variance_bound"] == 1e-12
+
+
+def test_a_dead_dimension_counts_as_constant() -> None:
+    """Values near 1e-31, as a layer norm of weight zero leaves: their squares are nothing in float32."""
+    x = rows(torch.float32, 8192, 0.0, seed=1)
+    x[:, 0] = 1e-31 * torch.randn(8192, generator=torch.Generator().manual_seed(0)) + 3e-31
+    m = Moments(covariance=True, strict=True)
+    m.update(x[:600])
+    m.update(x)
+    assert m.variance[0] < 1e-38
+    assert m.precision()["offset"] < precision.OFFSET_LIMIT
