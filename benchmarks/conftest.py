@@ -30,8 +30,8 @@ def error_of(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.fixture
 def race(benchmark: Any) -> Callable[..., None]:
-    """race(case, {"emocore": f, "torch ...": g}, exact, bound, work, unit): check, time interleaved, record; `read` makes
-    what our first call returned comparable, outside the timing."""
+    """race(case, {"emocore": f, "torch ...": g}, exact, bound, work, unit): check, time interleaved, record; `read`
+    makes what our first call returned comparable, outside the timing."""
 
     def run(
         case: str,

@@ -69,7 +69,8 @@ def whitener(covariance: Tensor) -> Tensor:
             got=f"smallest eigenvalue {values[0].item():.3g} of {values[-1].item():.3g}",
             way_out="Give shrinkage > 0, or more rows than dimensions.",
         )
-    return (vectors * values.rsqrt()) @ vectors.T
+    root: Tensor = (vectors * values.rsqrt()) @ vectors.T
+    return root
 
 
 def _finite(covariance: Tensor) -> Tensor:

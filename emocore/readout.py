@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import warnings
 
 import torch
@@ -13,7 +14,7 @@ from .linalg import shrink
 from .sums import Sums
 
 
-class ReadOut:
+class ReadOut(abc.ABC):
     """Statistics of the rows seen so far, float64; base of Moments, which says where the sums are."""
 
     labels: tuple[str, ...]
@@ -23,9 +24,9 @@ class ReadOut:
     _norm_sum: float
     _norm_count: int
 
+    @abc.abstractmethod
     def _view(self) -> Sums:
         """Sums over every row so far; raises FitError before the first."""
-        raise NotImplementedError
 
     def _filled(self) -> Sums:
         sums = self._view()
@@ -91,8 +92,10 @@ class ReadOut:
 
     def precision(self) -> dict[str, float]:
         """`offset` = max over columns of ((mean - s)/std)^2, and the relative `variance_bound` that it implies."""
-        offset = self._filled().offset()
-        dtype = self._coarsest if self.keeps_covariance else torch.float64
+        sums = self._filled()
+        offset = sums.offset()
+        exact = not self.keeps_covariance or int(sums.count) < precision.FREEZE_ROWS  # folded in float64 throughout
+        dtype = torch.float64 if exact else self._coarsest
         return {"offset": offset, "variance_bound": precision.variance_bound(dtype, offset)}
 
     def _trusted(self, covariance: bool = False) -> Sums:
@@ -100,8 +103,9 @@ class ReadOut:
         if covariance and not self.keeps_covariance:
             way_out = "Construct it with Moments(covariance=True)."
             raise FitError("covariance: this Moments keeps only means", way_out=way_out)
-        report = self.precision()
-        if not report["variance_bound"] <= precision.BOUND[self._coarsest]:
+        sums, report = self._view(), self.precision()
+        # a shift that is not frozen is taken for this read-out alone: no stream has moved away from it
+        if sums.frozen and not report["variance_bound"] <= precision.BOUND[self._coarsest]:
             text = (
                 f"the stream moved {report['offset'] ** 0.5:.3g} standard deviations from the shift it is summed "
                 f"about: variances may err by {report['variance_bound']:.1e} (relative)"
@@ -109,7 +113,7 @@ class ReadOut:
             if self.strict:
                 raise PrecisionError(text, way_out="Shuffle the stream, or construct with dtype=torch.float64.")
             warnings.warn(PrecisionWarning(text), stacklevel=3)
-        return self._view()
+        return sums
 
 
 def _check_labelled(sums: Sums, what: str) -> None:

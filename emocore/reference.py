@@ -12,7 +12,9 @@ from .linalg import pack_tiles
 
 
 def stage_ref(x: Tensor, index: Tensor | None, rows: Tensor, norms: Tensor, finite: Tensor) -> None:
-    """rows = x[index] (to rows' dtype), norms = |x|; a row with NaN or Inf becomes zeros with norm 0 and finite False."""
+    """rows = x[index] (to rows' dtype), norms = |x|; a row with NaN or Inf becomes zeros with norm 0 and finite
+    False.
+    """
     taken = x if index is None else x[index]
     finite.copy_(torch.isfinite(taken).all(dim=1))
     rows.copy_(taken.masked_fill(~finite.unsqueeze(1), 0.0))
@@ -27,7 +29,9 @@ def label_sums_ref(
     sums: Tensor,
     squares: Tensor | None,
 ) -> None:
-    """sums[k] += w (x - s), squares[k] += w (x - s)^2 for the rows of label k; label -1 is left out, no labels means k = 0."""
+    """sums[k] += w (x - s), squares[k] += w (x - s)^2 for the rows of label k; label -1 is left out, no labels means
+    k = 0.
+    """
     y = rows.double() - shift
     w = torch.ones(len(rows), dtype=torch.float64, device=rows.device) if weights is None else weights
     k = torch.zeros(len(rows), dtype=torch.long, device=rows.device) if labels is None else labels.long()

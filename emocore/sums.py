@@ -220,9 +220,14 @@ class Sums:
         return (self.label_square - self.label_total**2 / w).clamp_min(0.0)
 
     def offset(self) -> float:
-        """max over columns of ((mean - s)/std)^2, 0 for a constant column; infinite where a sum overflowed."""
+        """max over columns of ((mean - s)/std)^2, 0 for a constant column; infinite where a sum overflowed.
+
+        A column whose mean square about s is under float32's smallest number has lost its squares there: it counts as
+        constant, as dead dimensions of a network are.
+        """
         squares = self.squares()
         moved = self.total[0] ** 2 / self.weight
+        moved = moved.where(moved / self.weight > torch.finfo(torch.float32).tiny, 0.0)
         worst = torch.where(squares > 0, moved / squares, torch.where(moved > 0, moved * torch.inf, 0.0)).max()
         return float(worst) if bool(squares.isfinite().all() & moved.isfinite().all()) else float("inf")
 

@@ -42,13 +42,14 @@ def errors(covariance: Tensor, x: Tensor) -> tuple[float, float, float]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_bound_holds_whatever_the_mean_and_scale(dtype: torch.dtype, ratio: float) -> None:
-    bound = precision.BOUND[dtype]
     for seed, n in enumerate((200, 512, 8192, 20_000)):
+        bound = precision.BOUND[dtype if n >= precision.FREEZE_ROWS else torch.float64]
         x = rows(dtype, n, ratio, seed)
         m = Moments(covariance=True, strict=True)
         m.update(x)
         variance, correlation, _ = errors(m.covariance(), x)
-        assert m.precision()["variance_bound"] == bound
+        # a shift that is not frozen yet may lie a little farther off
+        assert bound <= m.precision()["variance_bound"] <= bound * (1 if n >= precision.FREEZE_ROWS else 2)
         assert variance <= bound, n
         assert correlation <= bound, n
 
@@ -191,3 +192,14 @@ def test_means_are_float64_sums_for_any_rows() -> None:
     m = Moments()
     m.update(torch.randn(600, 2))
     assert m.precision()["variance_bound"] == 1e-12
+
+
+def test_a_dead_dimension_counts_as_constant() -> None:
+    """Values near 1e-31, as a layer norm of weight zero leaves: their squares are nothing in float32."""
+    x = rows(torch.float32, 8192, 0.0, seed=1)
+    x[:, 0] = 1e-31 * torch.randn(8192, generator=torch.Generator().manual_seed(0)) + 3e-31
+    m = Moments(covariance=True, strict=True)
+    m.update(x[:600])
+    m.update(x)
+    assert m.variance[0] < 1e-38
+    assert m.precision()["offset"] < precision.OFFSET_LIMIT
