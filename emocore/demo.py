@@ -128,7 +128,7 @@ class Demo:
         shuffled = random.Random(SEED).sample(self.labels, len(self.labels))
         rows = []
         by_method = {m: evaluation.leave_one_group_out(found, self.labels, self.groups, method=m) for m in METHODS}
-        chance = evaluation.leave_one_group_out(found, shuffled, self.groups)
+        chance = evaluation.control(dict(found), found, shuffled, self.groups)
         agree = evaluation.halves(found)
         for name, vectors in found.items():
             rows.append(
@@ -269,7 +269,7 @@ class Demo:
             if not equal:
                 raise emocore.errors.StoreError(f"{path}: read back differently from what was saved")
 
-    def speed(self, count: int = 128, rounds: int = 3) -> None:
+    def speed(self, count: int = 128, rounds: int = 2) -> None:
         title(f"7  Speed on {count} stories: means and covariance of every block")
         encoded = encode(self.model, self.tokenizer, [s.text for s in self.stories[:count]])
         work = list(batches(self.tokenizer, encoded, 32))
@@ -302,7 +302,7 @@ class Demo:
             rows.append([name, f"{tokens / best[name]:,.0f}", f"{slower:+.1%}", size, error])
         table(["", "tokens/s", "slower", "held", "error"], rows)
         print("the usual way: hooks that copy every activation to the host, then mask, stack and torch.cov (float32);")
-        print("error: largest covariance error against float64, relative to the variances; best of three, interleaved")
+        print("error: largest covariance error against float64, relative to the variances; best of two, interleaved")
 
     def _plain(self, work: Sequence[Any]) -> None:
         with torch.inference_mode():
