@@ -6,6 +6,7 @@ Ops are registered with `torch.library` under `torch.ops.emocore`, so that they 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -60,11 +61,22 @@ NATIVE_CPU: dict[str, Callable[..., Any]] = {
 TRITON = {"steer_add": "steering", "steer_add_": "steering"}  # op: its file in kernels/
 
 
+@functools.cache
 def _triton(op: str) -> Callable[..., Any] | None:
     """The Triton implementation of an op, None where it has none or Triton is not installed."""
     if op not in TRITON or importlib.util.find_spec("triton") is None:
         return None
     return cast(Callable[..., Any], getattr(importlib.import_module(f"emocore.kernels.{TRITON[op]}"), op))
+
+
+# Steps of a capture whose statistics stay on the device (docs/gpu.md): they run inside an op, and are none themselves.
+STEPS: dict[str, Callable[..., Any]] = {}
+
+
+def step(name: str, device: torch.device) -> Callable[..., Any]:
+    """The implementation of a step for tensors on `device`."""
+    wanted = _forced == "triton" or (_forced is None and device.type == "cuda")
+    return (_triton(name) if wanted else None) or STEPS[name]
 
 
 def implementations() -> dict[str, dict[str, str]]:
@@ -76,7 +88,9 @@ def implementations() -> dict[str, dict[str, str]]:
     table = {}
     for op in SCHEMAS:
         cpu = "reference"
-        if op in NATIVE_CPU and _forced != "reference":
+        if _forced == "triton" and _triton(op):
+            cpu = "triton"
+        elif op in NATIVE_CPU and _forced not in ("reference", "triton"):
             cpu = f"native ({native.extension().isa()})"
         gpu = "triton" if _forced != "reference" and _triton(op) else "reference"
         table[op] = {"cpu": cpu, "cuda": gpu}
@@ -101,6 +115,8 @@ def _set(forced: str | None, isa: str | None) -> None:
 def use(name: str) -> contextlib.AbstractContextManager[None]:
     """Force an implementation from now on: "auto", "reference", or an instruction set of the extension, such as "avx2".
 
+    "triton" serves CPU tensors by the GPU kernels too, under Triton's interpreter (TRITON_INTERPRET=1), and what has no
+    kernel by the reference: for tests.
     As a context manager it restores the former choice at the end. Raises ArgumentError listing the known names.
 
     >>> with use("reference"):
@@ -108,12 +124,14 @@ def use(name: str) -> contextlib.AbstractContextManager[None]:
     'reference'
     """
     before = _forced
-    if name in ("auto", "reference"):
+    if name in ("auto", "reference", "triton"):
         _set(None if name == "auto" else name, None)
         return _restoring(before, None)
     known = native.extension().isas()
     if name not in known:
-        raise ArgumentError("name: unknown implementation", got=name, way_out=near(name, ["auto", "reference", *known]))
+        raise ArgumentError(
+            "name: unknown implementation", got=name, way_out=near(name, ["auto", "reference", "triton", *known])
+        )
     isa = native.extension().isa()
     _set(None, name)
     return _restoring(before, isa)
@@ -123,7 +141,10 @@ def _cpu(op: str) -> Callable[..., Any]:
     fast, slow = NATIVE_CPU.get(op, REFERENCE[op]), REFERENCE[op]
 
     def serve(*args: Any) -> Any:
-        return slow(*args) if _forced == "reference" else fast(*args)
+        if _forced is None:
+            return fast(*args)
+        kernel = _triton(op) if _forced == "triton" else None
+        return (kernel or slow)(*args)
 
     return serve
 

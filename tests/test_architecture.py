@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "emocore"
 FLOORS = [
     ["errors", "precision", "labels", "hookpoints", "linalg", "publishing", "formats"],
     ["reference", "kernels", "_C", "native"],
-    ["ops"],
+    ["ops", "aot"],
     ["tokens", "ledger", "blocks", "sums", "pooling", "calibration"],
     ["readout", "moments", "rows", "sinks", "batches", "forwards", "capturing"],
     ["verifying", "fitting", "directions"],
