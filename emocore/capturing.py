@@ -23,6 +23,8 @@ from .errors import ArgumentError, CaptureError, TokenError
 from .forwards import Forward, in_backward, outside_autograd
 from .hookpoints import HookSpec, bare, read_output, resolve, token_ids
 from .labels import Labels
+from .lanes import Lane
+from .resident import hooks, residence
 from .sinks import Binding, Bound, bind, check_sinks, is_factory
 from .tokens import Spans, Tokens
 
@@ -40,10 +42,11 @@ class Tap:
         fires: int,
         optional: bool,
         training: bool | None,
+        device: torch.device | None,
     ) -> None:
         self.model = model
         self.sinks = sinks
-        self.committed = 0
+        self._committed = 0
         self._points = points
         self._fires, self._optional, self._training = fires, optional, training
         self._modules = dict(model.named_modules())
@@ -52,10 +55,23 @@ class Tap:
         self._batches: list[Batch] = []
         self._lock = threading.Lock()  # of sinks and ledgers
         self._signature = inspect.signature(bare(model).forward)
+        self._lane = None if device is None else Lane(model, points, optional, device, training, self._current)
+        self._collecting = False
+
+    @property
+    def resident(self) -> bool:
+        """Whether rows and sums stay on the model's device until they are asked for."""
+        return self._lane is not None
+
+    @property
+    def committed(self) -> int:
+        """Forwards that have ended well."""
+        return self._committed if self._lane is None else self._lane.committed
 
     @property
     def ledger(self) -> dict[str, Any]:
         """Ledger by hook point; a tuple of ledgers where a hook point has several sinks."""
+        self._collect()
         return {
             name: bindings[0].ledger if len(bindings) == 1 else tuple(b.ledger for b in bindings)
             for name, bindings in self._points.items()
@@ -83,6 +99,8 @@ class Tap:
             raise CaptureError("tap.batch: the capture is not open", way_out="Use it inside `with capture(...)`.")
         batch = Batch(labels, mask, cu_seqlens, spans, requests)
         self._check_labels(batch)
+        if self._lane is not None:
+            self._lane.enter(batch)
         token = _open_batches.set({**(_open_batches.get() or {}), id(self): batch})
         self._batches.append(batch)
         try:
@@ -91,6 +109,8 @@ class Tap:
         finally:
             self._batches.remove(batch)
             _open_batches.reset(token)
+            if self._lane is not None:
+                self._lane.leave()
 
     def _current(self) -> Batch | None:
         """The batch of this context, else the one open batch (threads that a library starts have no context)."""
@@ -211,7 +231,7 @@ class Tap:
         with closing, self._lock, outside_autograd():
             self._record(forward)
             forward.commit()
-            self.committed += 1
+            self._committed += 1
 
     def _abandon(self, module: nn.Module, args: Any, output: Any) -> None:
         """Roll back at once what an exception has ended; torch does not call this for a KeyboardInterrupt."""
@@ -227,6 +247,8 @@ class Tap:
                 binding.ledger.unmasked += forward.unmasked
 
     def _roll_back(self, thread: int) -> None:
+        if self._lane is not None:
+            self._lane.abandon()
         forward = self._forwards.pop(thread, None)
         if forward is not None:
             with self._lock:
@@ -241,6 +263,11 @@ class Tap:
             for binding in bindings:
                 if hasattr(binding.sink, "tokens"):
                     binding.sink.tokens = binding.rule
+                if self._lane is not None:
+                    binding.sink._resident = self._collect  # type: ignore[attr-defined]
+        if self._lane is not None:
+            self._handles = hooks(self._lane, self.model, [self._modules[name] for name in self._points])
+            return self
         self._handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for name in self._points:
             self._handles.append(self._modules[name].register_forward_hook(_stager(self, name)))
@@ -256,8 +283,34 @@ class Tap:
             self._roll_back(thread)
         for batch in self._batches:
             self._close(batch, keep=False)
-        if kind is None:
-            self.check()
+        try:
+            if self._lane is not None:
+                self._lane.abandon(every=True)
+                self._collect()
+                if kind is None:
+                    self._lane.raise_faults()
+            if kind is None:
+                self.check()
+        finally:
+            self._release()
+
+    def _collect(self) -> None:
+        """Fetch what the device holds, for whoever reads a sink or a ledger."""
+        if self._lane is None or self._collecting:
+            return
+        self._collecting = True
+        try:
+            with self._lock:
+                self._lane.collect()
+        finally:
+            self._collecting = False
+
+    def _release(self) -> None:
+        """Let the sinks go; the lane and its memory end with the tap's last reference."""
+        for bindings in self._points.values():
+            for binding in bindings:
+                if self._lane is not None:
+                    binding.sink._resident = None  # type: ignore[attr-defined]
 
     def check(self) -> None:
         """Raise unless at least one forward was committed, no batch is open, and every ledger adds up."""
@@ -292,6 +345,7 @@ def capture(
     fires: int = 1,
     optional: bool = False,
     training: bool | None = None,
+    resident: bool | None = None,
 ) -> Tap:
     """Hand the selected rows of chosen modules to sinks while the `with` block runs the model; its output is untouched.
 
@@ -299,6 +353,9 @@ def capture(
     called for each. A sink may be a `(sink, Tokens)` pair or a list of them, to take sequence and token statistics in
     one pass; `tokens` is the rule of the rest. `fires` is how often a module runs in one forward; `optional` modules
     may be skipped. `training` captures only forwards in training mode (True) or in evaluation mode (False).
+    `resident` keeps rows and sums on the model's device, without a host synchronisation in the forward, until a sink is
+    read or the block ends: by default where the model is on a GPU and every sink is a Moments of token rows. Open such
+    a capture before the model is compiled or recorded.
     Raises HookPointError, ArgumentError at once; CaptureError, TokenError, LabelError, ShapeError at a forward;
     LedgerError at the end.
 
@@ -329,7 +386,9 @@ def capture(
     _check_model(model)
     check_sinks(points)
     order = [name for name, _ in model.named_modules() if name in points]
-    return Tap(model, {n: points[n] for n in order}, {n: sinks[n] for n in order}, fires, optional, training)
+    points = {n: points[n] for n in order}
+    device = residence(model, points, fires, resident)
+    return Tap(model, points, {n: sinks[n] for n in order}, fires, optional, training, device)
 
 
 def _check_model(model: nn.Module) -> None:

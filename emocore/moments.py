@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from . import ops, precision
 from .blocks import Block, Blocks, as_rows
 from .errors import ArgumentError, FitError, LabelError, LedgerError, ShapeError
+from .groups import Taken
 from .labels import Labels, Weights, label_ids, label_names, row_weights
 from .ledger import Ledger
 from .readout import ReadOut
@@ -25,8 +26,9 @@ class Moments(ReadOut):
     """Mutable, mergeable, resumable statistics of rows [N, D]; width, device and dtype are inferred at the first row.
 
     `labels` (names, or a count) keeps a mean and a variance per label; `covariance` keeps the full [D, D] scatter,
-    without it the cost is O(K D). Rows are staged and folded in blocks of `block_rows` consecutive rows, so results are
-    bitwise the same for any batch boundaries and thread counts. `strict` turns precision warnings into PrecisionError.
+    without it the cost is O(K D). Rows are staged and folded in blocks of `block_rows` consecutive rows (by default
+    8,192 on the CPU and 16,384 where a capture stays on a GPU), so results are bitwise the same for any batch
+    boundaries and thread counts. `strict` turns precision warnings into PrecisionError.
 
     >>> m = Moments(labels=["calm", "sad"], covariance=True)
     >>> m.update(torch.tensor([[1.0, 2.0], [3.0, 2.0], [5.0, 5.0]]), labels=["calm", "calm", "sad"])
@@ -44,13 +46,15 @@ class Moments(ReadOut):
         dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        block_rows: int = precision.BLOCK_ROWS,
+        block_rows: int | None = None,
         strict: bool = False,
     ) -> None:
         self.labels = label_names(labels)
         self.keeps_covariance = bool(covariance)
-        self.block_rows = _checked_block_rows(block_rows)
+        self._device_rows = precision.DEVICE_BLOCK_ROWS if block_rows is None else block_rows
+        self.block_rows = _checked_block_rows(precision.BLOCK_ROWS if block_rows is None else block_rows)
         self.strict = strict
+        self._resident: Callable[[], None] | None = None  # fetches what a capture holds on the device
         self.tokens: Tokens | None = None
         self._dtype = None if dtype is None else precision.held(precision.check_dtype(dtype, "dtype"))
         self._device = None if device is None else torch.device(device)
@@ -115,6 +119,23 @@ class Moments(ReadOut):
             self._count_norms(norms)
             self.ledger.rows.add(accumulated=len(rows))
 
+    def adopt(self, taken: Taken) -> None:
+        """Add what a capture has summed on the device, and the rows that waited there for a block to fill."""
+        self.absorb(taken.rows, taken.ids, taken.norms)
+        if not int(taken.sums.count):
+            return
+        with self._writing(taken.rows, self._row_dtype(taken.rows.dtype)) as (sums, _):
+            sums.add(taken.sums)
+            self._coarsest = precision.coarser(self._coarsest, torch.bfloat16)
+            self._norm_sum += taken.norm_sum
+            self._norm_count += taken.norm_count
+            self.ledger.rows.add(accumulated=int(taken.sums.count))
+
+    @property
+    def device_block_rows(self) -> int:
+        """Rows of a block of a capture that stays on the device: whole chains of a tensor core."""
+        return max(self._device_rows // precision.DEVICE_CHAIN, 1) * precision.DEVICE_CHAIN
+
     @contextlib.contextmanager
     def _writing(self, rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[Sums, Blocks]]:
         """State to add rows like these to. What interrupts the block leaves it torn, and every later use says so."""
@@ -134,6 +155,8 @@ class Moments(ReadOut):
             self._torn = False
 
     def _check_whole(self) -> None:
+        if self._resident is not None:
+            self._resident()
         if self._torn:
             raise LedgerError(
                 "Moments: an update was interrupted, so some rows may be half counted",
@@ -241,8 +264,9 @@ class Moments(ReadOut):
 
     def copy(self) -> Moments:
         """An independent copy."""
+        self._check_whole()
         with _ordinary():
-            return copy.deepcopy(self)
+            return copy.deepcopy(self, {id(self._resident): None})
 
     def relabel(self, mapping: Mapping[str, str | None]) -> Moments:
         """The same rows under coarser labels, exactly: {old: new, or None for unlabelled}, every old label named."""

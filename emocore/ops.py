@@ -9,13 +9,14 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import native, reference, reference_steps
 from .errors import ArgumentError, near
 
 SCHEMAS = {
@@ -58,7 +59,17 @@ NATIVE_CPU: dict[str, Callable[..., Any]] = {
 }
 
 
-TRITON = {"steer_add": "steering", "steer_add_": "steering"}  # op: its file in kernels/
+TRITON = {  # op or step: its file in kernels/
+    "begin": "forward",
+    "stage_rows": "forward",
+    "place_labels": "forward",
+    "commit": "forward",
+    "freeze": "convert",
+    "convert": "convert",
+    "steer_add": "steering",
+    "steer_add_": "steering",
+    "track": "track",
+}
 
 
 @functools.cache
@@ -70,7 +81,15 @@ def _triton(op: str) -> Callable[..., Any] | None:
 
 
 # Steps of a capture whose statistics stay on the device (docs/gpu.md): they run inside an op, and are none themselves.
-STEPS: dict[str, Callable[..., Any]] = {}
+STEPS: dict[str, Callable[..., Any]] = {
+    "begin": reference_steps.begin_ref,
+    "stage_rows": reference_steps.stage_rows_ref,
+    "place_labels": reference_steps.place_labels_ref,
+    "commit": reference_steps.commit_ref,
+    "freeze": reference.freeze_ref,
+    "convert": reference.convert_ref,
+    "track": reference.track_ref,
+}
 
 
 def step(name: str, device: torch.device) -> Callable[..., Any]:
@@ -227,6 +246,36 @@ torch.library.register_autograd("emocore::project", _project_backward, setup_con
 torch.library.register_autograd("emocore::steer_add", _steer_add_backward, lib=_library)
 torch.library.register_autograd("emocore::steer_set", _steer_set_backward, setup_context=_keep_steer_set, lib=_library)
 
+# --- hooks of a capture on the device: what they do is the lane's, found by its handle when the op runs
+
+LANE_SCHEMAS = {
+    "lane_begin": ("(Tensor(a!) order, Tensor? mask, Tensor? shown, Tensor? past_at, int past, int lane) -> ()"),
+    "lane_stage": "(Tensor(a!) order, Tensor x, int lane, int point) -> ()",
+    "lane_commit": "(Tensor(a!) order, int lane) -> ()",
+}
+LANES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def _lane_begin(
+    order: Tensor, mask: Tensor | None, shown: Tensor | None, past_at: Tensor | None, past: int, lane: int
+) -> None:
+    LANES[lane].begin(mask, shown, past_at, past)
+
+
+def _lane_stage(order: Tensor, x: Tensor, lane: int, point: int) -> None:
+    LANES[lane].stage(point, x)
+
+
+def _lane_commit(order: Tensor, lane: int) -> None:
+    LANES[lane].commit()
+
+
+# `order` is declared as written, so that a compiled graph keeps the calls in their order; nothing is kept in it
+for _op, _call in {"lane_begin": _lane_begin, "lane_stage": _lane_stage, "lane_commit": _lane_commit}.items():
+    _library.define(_op + LANE_SCHEMAS[_op])
+    _library.impl(_op, _call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"emocore::{_op}", _fake_nothing, lib=_library)
+
 # --- the calls, typed
 
 stage = torch.ops.emocore.stage.default
@@ -236,3 +285,6 @@ project = torch.ops.emocore.project.default
 steer_add = torch.ops.emocore.steer_add.default
 steer_add_ = torch.ops.emocore.steer_add_.default
 steer_set = torch.ops.emocore.steer_set.default
+lane_begin = torch.ops.emocore.lane_begin.default
+lane_stage = torch.ops.emocore.lane_stage.default
+lane_commit = torch.ops.emocore.lane_commit.default

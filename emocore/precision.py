@@ -23,6 +23,8 @@ from .errors import ArgumentError
 CHAIN = 256  # consecutive rows summed in the input's accumulator
 BLOCK_CHAINS = 32  # chains summed in order before they go to float64
 BLOCK_ROWS = CHAIN * BLOCK_CHAINS
+DEVICE_CHAIN = 512  # consecutive rows summed in a tensor core's float32
+DEVICE_BLOCK_ROWS = DEVICE_CHAIN * BLOCK_CHAINS
 FREEZE_ROWS = 512  # fewest committed rows a shift may be frozen from
 TILE = 128  # edge of the square tiles that hold the lower triangle of a scatter
 

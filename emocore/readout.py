@@ -28,6 +28,10 @@ class ReadOut(abc.ABC):
     def _view(self) -> Sums:
         """Sums over every row so far; raises FitError before the first."""
 
+    @abc.abstractmethod
+    def _check_whole(self) -> None:
+        """Fetch what is still elsewhere; raises LedgerError where an update was interrupted."""
+
     def _filled(self) -> Sums:
         sums = self._view()
         if int(sums.count) == 0:
@@ -61,6 +65,7 @@ class ReadOut(abc.ABC):
     @property
     def mean_norm(self) -> float:
         """Mean |x_t| over the tokens used, before pooling, without the first of each sequence: the unit of steering."""
+        self._check_whole()
         if self._norm_count == 0:
             raise FitError("mean_norm: no token was counted", way_out="Call update, or capture with it, first.")
         return self._norm_sum / self._norm_count

@@ -1,0 +1,419 @@
+"""Lanes: a capture whose rows and sums stay on the device, without a host synchronisation in the forward.
+
+Hooks call the ops `lane_begin`, `lane_stage` and `lane_commit`, whose implementations find the lane by its handle: so
+hooks trace under torch.compile, and the same steps run eagerly, in a compiled graph and while a CUDA graph is recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .batches import Batch, Call
+from .control import Fault, Header, Source, Station
+from .errors import ArgumentError, CaptureError, LabelError, ShapeError, TokenError
+from .forwards import in_backward
+from .groups import Group
+from .hookpoints import token_ids
+from .moments import Moments
+from .plans import Plan, Plans
+from .sinks import Binding
+
+_handles = itertools.count(1)
+
+
+@dataclass
+class Seat:
+    """One binding's place: its group and its index there, once its rows' width and dtype are known."""
+
+    binding: Binding
+    rule: int
+    kin: tuple[Any, ...]  # what hook points of one group have in common before their first row
+    group: Group | None = None
+    index: int = 0
+
+
+@dataclass
+class Open:
+    """The open forward as the host knows it."""
+
+    plan: Plan
+    call: Call
+    thread: int
+
+
+class Lane:
+    """The device memory of one capture, and the steps of a forward on it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        points: Mapping[str, Sequence[Binding]],
+        optional: bool,
+        device: torch.device,
+        training: bool | None,
+        current: Callable[[], Batch | None],
+    ) -> None:
+        self.model, self.device, self.optional, self._current = model, device, optional, current
+        self._training = training
+        self.handle = next(_handles)
+        self.order = torch.zeros(1, dtype=torch.int64, device=device)  # what a compiled graph orders the ops by
+        self.points = list(points)
+        bindings = [b for point in self.points for b in points[point]]
+        rules = list(dict.fromkeys(b.rule for b in bindings))
+        modules = dict(model.named_modules())
+        self.seats = [Seat(b, rules.index(b.rule), _kin(b, modules[b.hook_point], optional)) for b in bindings]
+        at = itertools.count()
+        self._seats_of = [[next(at) for _ in points[point]] for point in self.points]
+        stops, pads = token_ids(model, "eos", "pad"), token_ids(model, "pad") - token_ids(model, "eos")
+        self.plans = Plans(rules, [seat.rule for seat in self.seats], optional, stops, pads, device)
+        self.cursors = torch.zeros(len(self.seats), 2, dtype=torch.int64, device=device)
+        self.groups: list[Group] = []
+        self._leaders = torch.zeros(0, dtype=torch.int64, device=device)
+        self._labels: dict[tuple[str, ...], Tensor] = {}
+        self._open: Open | None = None
+        self._ignored = False
+        self._recorded = False  # into a graph: what the host knows of the rows is then no longer all
+        self._bound: list[int] = []  # most rows that can wait in each group
+        self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        ops.LANES[self.handle] = self
+
+    # --- a batch
+
+    def enter(self, batch: Batch) -> None:
+        """Copy what a batch says of its sequences into the lane's memory."""
+        if batch.cu_seqlens is not None:
+            self.plans.set_bounds(batch.cu_seqlens)
+        if batch.spans is not None:
+            self.plans.set_spans(batch.spans)
+        if batch.mask is not None:
+            batch.mask = batch.mask.to(self.device, non_blocking=True)
+        self.plans.header[Header.GOES_ON] = 1
+        if len(self.plans.seen):
+            self.plans.seen.zero_()
+        for names in {seat.binding.labels for seat in self.seats} - {()}:
+            ids = batch.ids(names)
+            assert ids is not None
+            flat = ids.reshape(-1)
+            if names not in self._labels or len(self._labels[names]) < len(flat):
+                self._check_recording("labels")
+                self._labels[names] = torch.full((len(flat),), -1, dtype=torch.int32, device=self.device)
+            self._labels[names][: len(flat)].copy_(flat, non_blocking=True)
+            # a packed batch [N] is told from one label a sequence by its length
+            packed = batch.cu_seqlens is not None and len(flat) != len(batch.cu_seqlens) - 1
+            self.plans.header[Header.LABELS] = Source.POSITION if ids.dim() > 1 or packed else Source.SEQUENCE
+
+    def leave(self) -> None:
+        """The batch has ended: tokens begin anew, and labels are wanted again."""
+        self.plans.header[Header.GOES_ON] = 0
+        self.plans.header[Header.LABELS] = Source.NONE
+
+    # --- begin, stage, commit
+
+    def begin(self, mask: Tensor | None, shown: Tensor | None, past_at: Tensor | None, past: int) -> None:
+        """Open a forward over positions `shown` [B, T] (or of another first argument [B, T, D] or [N, D])."""
+        if in_backward():
+            return
+        self._ignored = self._training not in (None, self.model.training)
+        if self._ignored:
+            return
+        self.raise_faults()
+        thread = threading.get_ident()
+        if self._open is not None and self._open.thread != thread and _alive(self._open.thread):
+            raise CaptureError(
+                "capture: two forwards at once in one capture on the device",
+                way_out="Open one capture a thread, or capture(resident=False).",
+            )
+        batch = self._current() or Batch()
+        for names in {seat.binding.labels for seat in self.seats}:
+            batch.ids(names)
+        if shown is None and mask is None:
+            raise ArgumentError("model: no tensor among the arguments", way_out="Use capture(resident=False).")
+        like = shown if shown is not None else mask
+        assert like is not None
+        plain = like.dim() == 1 or (like.is_floating_point() and like.dim() == 2 and mask is None)
+        size = (like.shape[0], 1) if plain else (like.shape[0], like.shape[1])
+        mask = batch.mask_of(size, past) if batch.mask is not None else mask
+        call = Call(shown, size, mask, past)
+        if batch.cu_seqlens is not None:
+            kind, sequences, length = "packed", len(batch.cu_seqlens) - 1, size[0] * size[1]
+            mask = None
+        elif plain and mask is None:
+            kind, sequences, length = "plain", size[0], size[0]
+        else:
+            kind, (sequences, length) = "padded", size
+            _check_mask(mask, size)
+        self.plans.check_rules(kind, batch.spans, sequences)
+        plan = self.plans.fit(sequences, length, kind)
+        self._check_sizes(batch, plan)
+        written = batch.written_from(call) if kind == "padded" and sequences > 1 else None
+        if mask is not None and past == 0 and mask.shape[1] > length == 1:
+            written = 0
+        ids = shown if shown is not None and not shown.is_floating_point() else None
+        ops.step("begin", self.device)(
+            plan, mask, ids, past if past_at is None else past_at, -1 if written is None else written
+        )
+        self._open = Open(plan, call, thread)
+
+    def stage(self, point: int, hidden: Tensor) -> None:
+        """Gather the kept rows of hidden [B, T, D] or [N, D] for every sink of a hook point; touches no sum."""
+        if self._ignored:
+            return
+        if in_backward():
+            n = hidden.shape[:-1].numel()
+            for at in self._seats_of[point]:
+                self.seats[at].binding.ledger.tokens.add(offered=n, recomputed=n)
+            return
+        if self._open is None:
+            raise CaptureError(
+                f"hook point {self.points[point]!r}: ran outside a forward of the captured model",
+                expected=f"a call of {type(self.model).__name__} itself",
+                way_out=f"Call the {type(self.model).__name__} that was given to capture.",
+            )
+        plan = self._open.plan
+        if hidden.shape[:-1].numel() != plan.positions or hidden.dim() not in (2, 3):
+            raise ShapeError(
+                f"hook point {self.points[point]!r}: output",
+                expected=f"{plan.positions} rows, one a position of the model's input",
+                got=list(hidden.shape),
+                way_out="Use capture(resident=False) for modules that see other rows.",
+            )
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        for at in self._seats_of[point]:
+            seat = self.seats[at]
+            group = self._group(at, flat)
+            if group.most_blocks(plan.positions) * group.block > group.capacity:
+                self._check_recording("rows")
+                group.reserve(plan.positions)
+            ops.step("stage_rows", self.device)(
+                flat,
+                plan.dest[seat.rule],
+                plan.rank,
+                plan.ranked,
+                group.cursor,
+                self.plans.stations[at],
+                group.rows[seat.index],
+                group.marks[seat.index],
+                group.norms[seat.index],
+            )
+
+    def commit(self) -> None:
+        """Close the forward on the device: all of it counts, or none."""
+        if self._open is None or in_backward():
+            return
+        plan, call = self._open.plan, self._open.call
+        self._open = None
+        for group in self.groups:
+            seat = self.seats[group.stations[0]]
+            if names := seat.binding.labels:
+                ops.step("place_labels", self.device)(
+                    plan.header,
+                    self._given(names),
+                    plan.header[Header.LABELS],
+                    plan.dest[seat.rule],
+                    plan.sequence,
+                    group.cursor,
+                    group.label_ids,
+                )
+        ops.step("commit", self.device)(plan, self._leaders, self.cursors)
+        self._word.copy_(plan.header[Header.ERRORS : Header.ERRORS + 1], non_blocking=True)
+        self._drain(plan.positions)
+        batch = self._current()
+        if batch is not None:
+            batch.advance(call, None)
+
+    def abandon(self, every: bool = False) -> None:
+        """Forget this thread's forward, or `every` one's, which ended without its commit; the device undoes it."""
+        if self._open is not None and (every or self._open.thread == threading.get_ident()):
+            self._open = None
+
+    def _drain(self, positions: int) -> None:
+        recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._recorded |= recording
+        for i, group in enumerate(self.groups):
+            self._bound[i] += positions
+            for _ in range(group.most_blocks(positions)):
+                if self._recorded or self._bound[i] >= group.block:
+                    group.drain()
+            self._bound[i] = min(self._bound[i], group.block - 1)
+
+    def _given(self, names: tuple[str, ...]) -> Tensor:
+        if names not in self._labels:
+            self._labels[names] = torch.full((1,), -1, dtype=torch.int32, device=self.device)
+        return self._labels[names]
+
+    def _group(self, at: int, flat: Tensor) -> Group:
+        """The group of a hook point and sink, made with its kin at the first row."""
+        seat = self.seats[at]
+        if seat.group is None:
+            self._check_recording(f"hook point {seat.binding.hook_point!r}")
+            if flat.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                raise ArgumentError(
+                    f"hook point {seat.binding.hook_point!r}: dtype of the rows",
+                    expected="bfloat16, float16 or float32",
+                    got=flat.dtype,
+                    way_out="Use capture(resident=False), which accumulates float64 rows in float64.",
+                )
+            kin = [i for i, other in enumerate(self.seats) if other.kin == seat.kin and other.group is None]
+            self._make_group(kin if seat.kin else [at], flat)
+        assert seat.group is not None
+        if seat.group.dim != flat.shape[1]:
+            raise ShapeError(
+                f"hook point {seat.binding.hook_point!r}: width", expected=seat.group.dim, got=flat.shape[1]
+            )
+        if seat.group.dtype != flat.dtype:
+            raise ArgumentError(
+                f"hook point {seat.binding.hook_point!r}: dtype",
+                expected=f"{seat.group.dtype}, like its first rows",
+                got=flat.dtype,
+                way_out="Run the model in one precision while it is captured, or use capture(resident=False).",
+            )
+        return seat.group
+
+    def _make_group(self, stations: Sequence[int], flat: Tensor) -> None:
+        moments = [self._moments(i) for i in stations]
+        first = moments[0]
+        cursor = self.cursors[len(self.groups)]
+        group = Group(
+            stations, len(first.labels), first.keeps_covariance, first.device_block_rows, cursor, flat.shape[1], flat
+        )
+        for index, i in enumerate(stations):
+            self.seats[i].group, self.seats[i].index = group, index
+        self.groups.append(group)
+        self._bound.append(0)
+        leaders = [g.stations[0] for g in self.groups]
+        self._leaders = torch.tensor(leaders, dtype=torch.int64, device=self.device)
+
+    def _moments(self, at: int) -> Moments:
+        sink = self.seats[at].binding.sink
+        assert isinstance(sink, Moments)
+        return sink
+
+    def _check_recording(self, what: str) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise CaptureError(
+                f"{what}: memory is needed that was not there before, and a graph is being recorded",
+                way_out="Run one forward of the largest shape before recording.",
+            )
+
+    def _check_sizes(self, batch: Batch, plan: Plan) -> None:
+        if batch.requests is not None and len(batch.requests) != plan.sequences:
+            raise ArgumentError("requests", expected=f"{plan.sequences} ids, one a sequence", got=len(batch.requests))
+        for names in {seat.binding.labels for seat in self.seats} - {()}:
+            ids = batch.ids(names)
+            if ids is not None and ids.numel() not in (plan.sequences, plan.positions):
+                raise ShapeError(
+                    "labels",
+                    expected=f"[{plan.sequences}], one a sequence, or one a position of {plan.positions}",
+                    got=list(ids.shape),
+                )
+
+    # --- what the device found
+
+    def raise_faults(self) -> None:
+        """Raise what the last forwards found wrong, as far as the host has heard of it; nothing is waited for."""
+        word = int(self._word)
+        if not word:
+            return
+        self._word.zero_()
+        self.plans.header[Header.ERRORS].zero_()
+        if word & Fault.PADDING:
+            raise TokenError(
+                "attention_mask: none was given, yet a batch held the padding id",
+                way_out="Pass the tokenizer's attention_mask to the model, or tap.batch(mask=...).",
+            )
+        if word & Fault.UNLABELLED:
+            raise LabelError("labels: a labelled sink saw a forward outside tap.batch", way_out="Open tap.batch.")
+        missed = self.plans.stations[:, Station.MISSED].tolist()
+        name, times = next((s.binding.hook_point, n) for s, n in zip(self.seats, missed, strict=True) if n)
+        raise CaptureError(
+            f"hook point {name!r}: did not run once in {times} forward(s), which were not committed",
+            expected="1 time",
+            way_out="Give optional=True for a module that may be skipped, capture(fires=...) for one that is shared; "
+            "hooks on a model that was compiled before never run.",
+        )
+
+    @property
+    def committed(self) -> int:
+        """Forwards committed; waits for the device."""
+        return int(self.plans.header[Header.FORWARDS])
+
+    def collect(self) -> None:
+        """Hand everything committed over to the sinks, and their counts to the ledgers; waits for the device.
+
+        A point where summation is split: what comes later is summed on its own and added.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            self._undo()
+            words = self.plans.stations.tolist()
+            self.plans.stations[:, Station.MISSED + 1 :].zero_()
+            cursors = self.cursors.tolist()
+            for i, group in enumerate(self.groups):
+                for at, taken in zip(group.stations, group.take(*cursors[i]), strict=True):
+                    self._moments(at).adopt(taken)
+                    ledger = self.seats[at].binding.ledger
+                    ledger.rows.add(formed=int(taken.sums.count) + len(taken.rows) + taken.overrange)
+                    ledger.rows.add(overrange=taken.overrange)
+                self._bound[i] = 0
+            for seat, word in zip(self.seats, words, strict=True):
+                _record(seat.binding, word)
+            self._word.copy_(self.plans.header[Header.ERRORS : Header.ERRORS + 1])
+
+    def _undo(self) -> None:
+        """Count a forward that was left open as rolled back."""
+        if self._open is None and int(self.plans.header[Header.OPEN]):
+            plan = self.plans
+            offered = plan.tally[plan.of_station.long(), 0]
+            lost = plan.stations[:, Station.FIRES] * offered
+            plan.stations[:, Station.OFFERED] += lost
+            plan.stations[:, Station.ROLLED_BACK] += lost
+            plan.stations[:, : Station.MISSED].zero_()
+            plan.header[Header.OPEN].zero_()
+
+
+def _kin(binding: Binding, module: nn.Module, optional: bool) -> tuple[Any, ...]:
+    """What tells which hook points advance in step and have one width; empty for one that stands alone."""
+    sink = binding.sink
+    if optional or not isinstance(sink, Moments):
+        return ()
+    shapes = tuple(tuple(p.shape) for p in module.parameters())
+    settings = (sink.labels, sink.keeps_covariance, sink.device_block_rows)
+    return (binding.rule, type(module), shapes, *settings)
+
+
+def _record(binding: Binding, words: Sequence[int]) -> None:
+    """Add a hook point's words to its ledger."""
+    ledger, at = binding.ledger, Station
+    ledger.tokens.add(
+        offered=words[at.OFFERED],
+        selected=words[at.SELECTED],
+        masked=words[at.MASKED],
+        skipped=words[at.SKIPPED],
+        reseen=words[at.RESEEN],
+        nonfinite=words[at.NONFINITE],
+        rolled_back=words[at.ROLLED_BACK],
+    )
+    ledger.fires.add(expected=words[at.EXPECTED], seen=words[at.SEEN])
+    ledger.forwards += words[at.FORWARDS]
+    ledger.unmasked += words[at.UNMASKED]
+
+
+def _check_mask(mask: Tensor | None, size: tuple[int, int]) -> None:
+    if mask is not None and (mask.dim() != 2 or mask.shape[0] != size[0] or mask.shape[1] < size[1]):
+        raise ShapeError(
+            "attention_mask",
+            expected=f"[{size[0]}, {size[1]}], or [{size[0]}, past + {size[1]}] while decoding",
+            got=list(mask.shape),
+            way_out="Give the 2-D padding mask of the tokens: in tap.batch(mask=...) where the model takes another.",
+        )
+
+
+def _alive(thread: int) -> bool:
+    return any(t.ident == thread for t in threading.enumerate())
