@@ -1,12 +1,15 @@
 # ruff: noqa: N999
-"""The CPU kernels. Formulas, shapes and accumulators: emocore/precision.py and `csrc/*_cpu.h`.
+"""The CPU kernels, and the launcher of the GPU kernels. Formulas, shapes and accumulators: emocore/precision.py and `csrc/*_cpu.h`.
 
 A NumPy array is seen as rows of its last axis, which is contiguous; one axis is one row. The tuple
 `(address, dtype, rows, cols, row_stride)` says the same of any memory, the stride in elements; a 1-D array is
 `(address, dtype, 1, n, n)`. Activations are float64, float32 or bfloat16 (only as a tuple: NumPy has none).
 Raises ValueError for a shape or dtype, IndexError for an index or label, before anything is written.
+
+`driver_*` reach a GPU through the CUDA driver, found at run time; what it refuses is an emocore.errors.DeviceError.
 """
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -75,3 +78,54 @@ def use_isa(name: str) -> None:
 
 def openmp() -> str:
     """Path of the OpenMP runtime whose threads are used, "" for our own."""
+
+def driver_available() -> bool:
+    """Whether the CUDA driver, libcuda.so.1, is there. Starts nothing: a context is torch's to make."""
+
+def driver_open(path: str) -> bool:
+    """Takes another library for the driver, for tests; "" goes back. Kernels stay with the one that loaded them."""
+
+def driver_load(
+    cubin: bytes,
+    name: str,
+    parameters: str,
+    threads: int,
+    shared: int = 0,
+    cluster: tuple[int, int, int] = (1, 1, 1),
+    programmatic: bool = False,
+) -> int:
+    """A handle of the entry `name` of a cubin, on the current device for the life of the process.
+
+    `parameters` has a word for every argument of a call, in order: "*bf16" a tensor ("*bf16:16" at an address
+    divisible by 16), "i32" an int ("i32:16" likewise; "i1" is a bool), "fp32" a float, "map" a tensor map; "none" and
+    "=1" what is compiled in; "null" is no argument, but zeros for the kernel. `shared` is in bytes, `threads` and
+    `cluster` as in CUDA; a `programmatic` kernel starts early, and waits itself for what is ahead of it.
+    """
+
+def driver_launch(handles: tuple[int, ...], grid: tuple[int, ...], stream: int, arguments: tuple[object, ...]) -> bool:
+    """Launches the first of the kernels that the arguments fit; False, with nothing done, where none does.
+
+    None does on a thread whose current device is another. Tensors are on the device, or in pinned memory.
+    """
+
+def driver_tensor_map(
+    address: int,
+    dtype: str,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    swizzle: int = 128,
+) -> bytes:
+    """The 128 bytes by which a kernel copies boxes out of a tensor of fp16, bf16 or fp32 at an address; zeros outside.
+
+    Axes are outermost first, strides in elements, the last 1; rows of the box are no longer than the swizzle in bytes.
+    """
+
+def gram_cuda_form(parts: int) -> tuple[str, str, int, int]:
+    """How csrc/gram_cuda.cu folds y of 1 or 2 parts: entry, parameters, threads, shared bytes for `driver_load`."""
+
+def gram_cuda_grid(hooks: int, dim: int, multiprocessors: int) -> int:
+    """Its blocks."""
+
+def gram_cuda_map(address: int, hooks: int, parts: int, block: int, dim: int) -> bytes:
+    """Its tensor map of y [hooks, parts, block, dim] float16."""

@@ -139,6 +139,9 @@ class Tap:
         self._close(batch, keep=True)
 
     def _close(self, batch: Batch, keep: bool) -> None:
+        if self._lane is not None:
+            with self._holding(self._lane) as lane, outside_autograd():
+                lane.close(batch, keep)
         pools, batch.pools = batch.pools, {}
         failed: BaseException | None = None
         with self._lock, outside_autograd():
@@ -296,14 +299,19 @@ class Tap:
 
     def _collect(self) -> None:
         """Fetch what the device holds, for whoever reads a sink or a ledger."""
-        if self._lane is None or self._collecting:
-            return
-        self._collecting = True
-        try:
-            with self._lock:
-                self._lane.collect()
-        finally:
-            self._collecting = False
+        if self._lane is not None and not self._collecting:
+            with self._holding(self._lane) as lane:
+                lane.collect()
+
+    @contextlib.contextmanager
+    def _holding(self, lane: Lane) -> Iterator[Lane]:
+        """The lane for one who hands its rows to the sinks: they must not ask for them meanwhile."""
+        with self._lock:
+            self._collecting = True
+            try:
+                yield lane
+            finally:
+                self._collecting = False
 
     def _release(self) -> None:
         """Let the sinks go; the lane and its memory end with the tap's last reference."""

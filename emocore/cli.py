@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .errors import EmocoreError
+
+if TYPE_CHECKING:
+    from .aot import Row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,13 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stories.add_argument("--kind", choices=("story", "dialogue", "neutral"), default="story")
     stories.add_argument("--seed", type=int, default=0)
     stories.add_argument("--out", default="stories", help="folder for <topic>.jsonl (default: stories)")
+    aot = commands.add_parser("aot", help="compile the GPU kernels ahead of time; needs no GPU")
+    aot.add_argument("--arch", type=int, action="append", help="compute capability without its point, such as 90")
+    aot.add_argument("--list", action="store_true", help="only say what is built")
+    aot.add_argument("--jobs", type=int, help="processes (default: one a CPU)")
     given = parser.parse_args(arguments)
     try:
-        run_demo(given) if given.command == "demo" else write_stories(given)
+        return {"demo": run_demo, "stories": write_stories, "aot": build_kernels}[given.command](given) or 0
     except EmocoreError as error:
         print(f"emocore: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def run_demo(given: argparse.Namespace) -> None:
@@ -52,3 +60,30 @@ def write_stories(given: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(given.model)
     options = {"per_topic": given.per_topic, "kind": given.kind, "seed": given.seed}
     print(generate(model, tokenizer, topics, given.out, **options))
+
+
+def build_kernels(given: argparse.Namespace) -> int:
+    """`emocore aot`: for this machine's GPUs, or where there are none for all that ship. 1 if some failed."""
+    import torch
+
+    from . import aot
+
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    here = sorted({10 * major + minor for major, minor in capabilities})
+    jobs = given.jobs or len(os.sched_getaffinity(0))
+    rows = aot.table(given.arch or here or aot.ARCHITECTURES, jobs, building=not given.list)
+    failed = 0
+    print(f"{'variant':72} {'arch':>4} {'registers':>9} {'spilled':>7} {'shared':>7} {'seconds':>7}")
+    for row in rows:
+        print(_line(row), flush=True)
+        failed += bool(row.error)
+    print(f"in {aot.cache_folder()}" + (f"; {failed} failed" if failed else ""))
+    return int(failed > 0)
+
+
+def _line(row: Row) -> str:
+    name = f"{row.name:72} {row.arch:4}"
+    if row.built is None:
+        return f"{name} {row.error or 'not built'}"
+    seconds = "cached" if row.was_cached else f"{row.seconds:.2f}"
+    return f"{name} {row.built.registers:9} {row.built.spilled:7} {row.built.shared:7} {seconds:>7}"

@@ -71,6 +71,10 @@ class NativeMissingError(EmocoreError, ImportError):
     """The compiled extension is not there."""
 
 
+class DeviceError(EmocoreError, RuntimeError):
+    """A GPU, its driver, or a kernel on it that did not do what was asked."""
+
+
 class CorpusError(EmocoreError, ValueError):
     """A story file that breaks the corpus rules; names file, line and rule."""
 

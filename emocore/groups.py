@@ -61,11 +61,13 @@ class Group:
         self._abreast = min(s, max(1, WORKSPACE // (2 * parts * block * dim)))  # hook points converted at once
         self.y = zeros(self._abreast if covariance else 0, parts, block, dim, dtype=torch.float16)
 
+    def room_for(self, positions: int) -> int:
+        """Rows the ring needs for a forward of so many positions beside a block that is nearly full."""
+        return -(-(self.block - 1 + positions) // self.block) * self.block
+
     def reserve(self, positions: int) -> None:
-        """Room in the ring for a forward of so many positions beside a block that is nearly full; keeps what waits."""
-        capacity = -(-(self.block - 1 + positions) // self.block) * self.block
-        if capacity <= self.capacity:
-            return
+        """Make that room; what waits in the ring is kept."""
+        capacity = self.room_for(positions)
         waiting = self.cursor[1] + torch.arange(self.block, device=self.device)
         grown = {}
         for name in ("rows", "marks", "norms", "label_ids"):

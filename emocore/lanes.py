@@ -24,6 +24,7 @@ from .groups import Group
 from .hookpoints import token_ids
 from .moments import Moments
 from .plans import Plan, Plans
+from .pooling import DevicePool
 from .sinks import Binding
 
 _handles = itertools.count(1)
@@ -38,6 +39,7 @@ class Seat:
     kin: tuple[Any, ...]  # what hook points of one group have in common before their first row
     group: Group | None = None
     index: int = 0
+    pool: DevicePool | None = None
 
 
 @dataclass
@@ -80,6 +82,8 @@ class Lane:
         self._labels: dict[tuple[str, ...], Tensor] = {}
         self._open: Open | None = None
         self._ignored = False
+        self._sequences = 0  # of the last forward
+        self._entered = torch.zeros((), dtype=torch.int64, device=device)  # forwards before the open batch
         self._recorded = False  # into a graph: what the host knows of the rows is then no longer all
         self._bound: list[int] = []  # most rows that can wait in each group
         self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -96,6 +100,7 @@ class Lane:
         if batch.mask is not None:
             batch.mask = batch.mask.to(self.device, non_blocking=True)
         self.plans.header[Header.GOES_ON] = 1
+        self._reset_pools()
         if len(self.plans.seen):
             self.plans.seen.zero_()
         for names in {seat.binding.labels for seat in self.seats} - {()}:
@@ -161,6 +166,7 @@ class Lane:
             plan, mask, ids, past if past_at is None else past_at, -1 if written is None else written
         )
         self._open = Open(plan, call, thread)
+        self._sequences = plan.sequences
 
     def stage(self, point: int, hidden: Tensor) -> None:
         """Gather the kept rows of hidden [B, T, D] or [N, D] for every sink of a hook point; touches no sum."""
@@ -188,8 +194,11 @@ class Lane:
         flat = hidden.reshape(-1, hidden.shape[-1])
         for at in self._seats_of[point]:
             seat = self.seats[at]
+            if seat.binding.rule.pool is not None:
+                self._stage_pool(seat, at, flat, plan)
+                continue
             group = self._group(at, flat)
-            if group.most_blocks(plan.positions) * group.block > group.capacity:
+            if group.room_for(plan.positions) > group.capacity:
                 self._check_recording("rows")
                 group.reserve(plan.positions)
             ops.step("stage_rows", self.device)(
@@ -210,6 +219,9 @@ class Lane:
             return
         plan, call = self._open.plan, self._open.call
         self._open = None
+        header = plan.header
+        pools = [(seat.pool, at) for at, seat in enumerate(self.seats) if seat.pool is not None]
+        fired, before = self.plans.stations[:, Station.FIRES].clone(), header[Header.FORWARDS].clone()
         for group in self.groups:
             seat = self.seats[group.stations[0]]
             if names := seat.binding.labels:
@@ -223,11 +235,48 @@ class Lane:
                     group.label_ids,
                 )
         ops.step("commit", self.device)(plan, self._leaders, self.cursors)
-        self._word.copy_(plan.header[Header.ERRORS : Header.ERRORS + 1], non_blocking=True)
+        for pool, at in pools:
+            pool.commit(fired[at] * (header[Header.FORWARDS] - before))
+        self._word.copy_(header[Header.ERRORS : Header.ERRORS + 1], non_blocking=True)
         self._drain(plan.positions)
         batch = self._current()
         if batch is not None:
             batch.advance(call, None)
+        elif pools:
+            self._check_recording("pooled rows of a forward outside tap.batch")
+            self.close(Batch(), True)
+
+    def _stage_pool(self, seat: Seat, at: int, flat: Tensor, plan: Plan) -> None:
+        """Sum the kept positions by sequence, beside what earlier forwards of the batch brought."""
+        pool = seat.pool
+        if pool is None or pool.sequences < plan.sequences:
+            self._check_recording("sequences")
+            kind = seat.binding.rule.pool
+            assert kind is not None
+            pool = seat.pool = DevicePool(kind, plan.sequences, flat.shape[1], self.device)
+        counted = plan.rank > 0 if plan.ranked else torch.ones_like(plan.rank, dtype=torch.bool)
+        keep = plan.dest[seat.rule] >= 0
+        pool.stage(flat, keep, plan.sequence, counted)
+        station = self.plans.stations[at]
+        station[Station.FIRES] += 1
+        station[Station.BAD] += (keep & ~torch.isfinite(flat).all(1)).sum()
+
+    def _reset_pools(self) -> None:
+        self._entered.copy_(self.plans.header[Header.FORWARDS])
+        for seat in self.seats:
+            if seat.pool is not None:
+                seat.pool.reset()
+
+    def close(self, batch: Batch, keep: bool) -> None:
+        """Form the pooled rows of a batch that has ended, or drop them; waits for the device."""
+        pooling = [seat for seat in self.seats if seat.pool is not None]
+        if not pooling or self.committed == int(self._entered):
+            return
+        for seat in pooling:
+            assert seat.pool is not None
+            pooled = seat.pool.close(self._sequences)
+            seat.binding.form(pooled, batch.ids(seat.binding.labels), keep)
+        self._reset_pools()
 
     def abandon(self, every: bool = False) -> None:
         """Forget this thread's forward, or `every` one's, which ended without its commit; the device undoes it."""
@@ -381,7 +430,7 @@ class Lane:
 def _kin(binding: Binding, module: nn.Module, optional: bool) -> tuple[Any, ...]:
     """What tells which hook points advance in step and have one width; empty for one that stands alone."""
     sink = binding.sink
-    if optional or not isinstance(sink, Moments):
+    if optional or not isinstance(sink, Moments) or binding.rule.pool is not None:
         return ()
     shapes = tuple(tuple(p.shape) for p in module.parameters())
     settings = (sink.labels, sink.keeps_covariance, sink.device_block_rows)

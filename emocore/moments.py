@@ -127,8 +127,7 @@ class Moments(ReadOut):
         with self._writing(taken.rows, self._row_dtype(taken.rows.dtype)) as (sums, _):
             sums.add(taken.sums)
             self._coarsest = precision.coarser(self._coarsest, torch.bfloat16)
-            self._norm_sum += taken.norm_sum
-            self._norm_count += taken.norm_count
+            self.count_norms(taken.norm_sum, taken.norm_count)
             self.ledger.rows.add(accumulated=int(taken.sums.count))
 
     @property
@@ -180,6 +179,11 @@ class Moments(ReadOut):
                 way_out="Construct it with Moments(dtype=torch.float64) to take both.",
             )
         return self._dtype
+
+    def count_norms(self, total: float, count: int) -> None:
+        """Add to the mean norm `count` tokens whose norms sum to `total`."""
+        self._norm_sum += total
+        self._norm_count += count
 
     def _count_norms(self, norms: Tensor) -> None:
         start = torch.tensor([self._norm_sum], dtype=torch.float64)

@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import native, reference, reference_steps
+from . import native, reference, reference_steering, reference_steps
 from .errors import ArgumentError, near
 
+_TABLES = "Tensor deltas, Tensor? basis=None, Tensor? dual=None, Tensor? target=None, Tensor? gate=None"
 SCHEMAS = {
     "stage": "(Tensor x, Tensor? index, Tensor(a!) rows, Tensor(b!) norms, Tensor(c!) finite) -> ()",
     "label_sums": (
@@ -26,16 +27,36 @@ SCHEMAS = {
     ),
     "gram": "(Tensor rows, Tensor? weights, Tensor shift, Tensor(a!) tiles) -> ()",
     "project": "(Tensor rows, Tensor readers, Tensor? centre, bool normalise) -> Tensor",
+    "project_packed": "(Tensor rows, Tensor packed, Tensor offset, bool normalise) -> Tensor",
+    "project_rows": "(Tensor rows, Tensor packed, Tensor offset, Tensor? count, Tensor(a!) out) -> ()",
+    "project_steer": "(Tensor x, Tensor packed, Tensor offset, Tensor slots, Tensor deltas) -> (Tensor, Tensor)",
+    "project_steer_": "(Tensor(a!) x, Tensor packed, Tensor offset, Tensor slots, Tensor deltas) -> Tensor",
+    "pool_scores": "(Tensor scores, Tensor starts) -> (Tensor, Tensor)",
     "steer_add": "(Tensor x, Tensor delta) -> Tensor",
     "steer_add_": "(Tensor(a!) x, Tensor delta) -> ()",
     "steer_set": "(Tensor x, Tensor basis, Tensor dual, Tensor target) -> Tensor",
+    "steer_set_": "(Tensor(a!) x, Tensor basis, Tensor dual, Tensor target) -> ()",
+    "steer_rows": f"(Tensor x, Tensor slots, {_TABLES}) -> Tensor",
+    "steer_rows_": f"(Tensor(a!) x, Tensor slots, {_TABLES}) -> ()",
+    "steer_when": f"(Tensor x, Tensor slots, Tensor readers, Tensor levels, {_TABLES}) -> Tensor",
+    "steer_when_": f"(Tensor(a!) x, Tensor slots, Tensor readers, Tensor levels, {_TABLES}) -> ()",
+    "steer_slots": "(Tensor x, Tensor slots, Tensor readers, Tensor levels) -> Tensor",
 }
 
 _forced: str | None = None
 
 
-def _steer_add_inplace_ref(x: Tensor, delta: Tensor) -> None:
-    x.copy_(reference.steer_add_ref(x, delta))
+def _in_place(out_of_place: Callable[..., Tensor]) -> Callable[..., None]:
+    def act(x: Tensor, *args: Any) -> None:
+        x.copy_(out_of_place(x, *args))
+
+    return act
+
+
+def _project_steer_in_place_ref(x: Tensor, *args: Any) -> Tensor:
+    scores, y = reference_steering.project_steer_ref(x, *args)
+    x.copy_(y)
+    return scores
 
 
 # --- which implementation serves which device
@@ -45,9 +66,20 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "label_sums": reference.label_sums_ref,
     "gram": reference.gram_ref,
     "project": reference.project_ref,
+    "project_packed": reference_steering.project_packed_ref,
+    "project_rows": reference_steering.project_rows_ref,
+    "project_steer": reference_steering.project_steer_ref,
+    "project_steer_": _project_steer_in_place_ref,
+    "pool_scores": reference_steering.pool_scores_ref,
     "steer_add": reference.steer_add_ref,
-    "steer_add_": _steer_add_inplace_ref,
+    "steer_add_": _in_place(reference.steer_add_ref),
     "steer_set": reference.steer_set_ref,
+    "steer_set_": _in_place(reference.steer_set_ref),
+    "steer_rows": reference_steering.steer_rows_ref,
+    "steer_rows_": _in_place(reference_steering.steer_rows_ref),
+    "steer_when": reference_steering.steer_when_ref,
+    "steer_when_": _in_place(reference_steering.steer_when_ref),
+    "steer_slots": reference_steering.steer_slots_ref,
 }
 NATIVE_CPU: dict[str, Callable[..., Any]] = {
     "stage": native.stage,
@@ -66,8 +98,26 @@ TRITON = {  # op or step: its file in kernels/
     "commit": "forward",
     "freeze": "convert",
     "convert": "convert",
+    "sort_labels": "sorting",
+    "fold_labels": "label_sums",
+    "settle": "settle",
+    "stage": "staging",
+    "label_sums": "label_sums",
     "steer_add": "steering",
     "steer_add_": "steering",
+    "steer_set": "steer_sets",
+    "steer_set_": "steer_sets",
+    "steer_rows": "steer_sets",
+    "steer_rows_": "steer_sets",
+    "steer_when": "steer_sets",
+    "steer_when_": "steer_sets",
+    "steer_slots": "steer_sets",
+    "project": "project",
+    "project_packed": "project",
+    "project_rows": "project",
+    "project_steer": "project",
+    "project_steer_": "project",
+    "pool_scores": "pool_scores",
     "track": "track",
 }
 
@@ -88,6 +138,9 @@ STEPS: dict[str, Callable[..., Any]] = {
     "commit": reference_steps.commit_ref,
     "freeze": reference.freeze_ref,
     "convert": reference.convert_ref,
+    "sort_labels": reference.sort_labels_ref,
+    "fold_labels": reference.fold_labels_ref,
+    "settle": reference.settle_ref,
     "track": reference.track_ref,
 }
 
@@ -101,7 +154,7 @@ def step(name: str, device: torch.device) -> Callable[..., Any]:
 def implementations() -> dict[str, dict[str, str]]:
     """What runs where: {op: {"cpu": ..., "cuda": ...}}, each "native (<instruction set>)", "triton" or "reference".
 
-    >>> implementations()["steer_set"]["cuda"]
+    >>> implementations()["steer_set"]["cpu"]
     'reference'
     """
     table = {}
@@ -189,6 +242,24 @@ def _fake_project(rows: Tensor, readers: Tensor, centre: Tensor | None, normalis
     return rows.new_empty(rows.shape[0], readers.shape[0], dtype=reference.score_dtype(rows, readers))
 
 
+def _fake_project_packed(rows: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return rows.new_empty(rows.shape[0], packed.shape[1], dtype=wide)
+
+
+def _fake_project_steer(x: Tensor, packed: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_project_packed(x, packed), x.new_empty(x.shape)
+
+
+def _fake_pool_scores(scores: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    largest, mean = (scores.new_empty(starts.shape[0] - 1, scores.shape[1], dtype=torch.float32) for _ in range(2))
+    return largest, mean
+
+
+def _fake_slots(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int32)
+
+
 def _fake_nothing(*args: Any) -> None:
     return None
 
@@ -205,6 +276,17 @@ for _op, _fake in {
     "steer_add": _fake_like_x,
     "steer_add_": _fake_nothing,
     "steer_set": _fake_like_x,
+    "project_packed": _fake_project_packed,
+    "project_rows": _fake_nothing,
+    "project_steer": _fake_project_steer,
+    "project_steer_": _fake_project_packed,
+    "pool_scores": _fake_pool_scores,
+    "steer_set_": _fake_nothing,
+    "steer_rows": _fake_like_x,
+    "steer_rows_": _fake_nothing,
+    "steer_when": _fake_like_x,
+    "steer_when_": _fake_nothing,
+    "steer_slots": _fake_slots,
 }.items():
     torch.library.register_fake(f"emocore::{_op}", cast(Callable[..., Any], _fake), lib=_library)
 
@@ -238,13 +320,53 @@ def _keep_steer_set(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _steer_set_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     basis, dual = ctx.saved_tensors
-    g = grad.to(dual.dtype)
-    return (g - (g @ dual.T) @ basis).to(grad.dtype), None, None, None
+    return steer_set(grad, dual, basis, dual.new_zeros(len(dual))), None, None, None
 
 
-torch.library.register_autograd("emocore::project", _project_backward, setup_context=_keep_project, lib=_library)
-torch.library.register_autograd("emocore::steer_add", _steer_add_backward, lib=_library)
-torch.library.register_autograd("emocore::steer_set", _steer_set_backward, setup_context=_keep_steer_set, lib=_library)
+def _keep_project_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, packed, offset, normalise = inputs
+    _keep_project(ctx, (rows, packed.to(offset.dtype).sum(0), None, normalise), output)
+
+
+def _keep_project_steer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _keep_project_packed(ctx, (*inputs[:3], False), output)
+
+
+def _project_steer_backward(ctx: Any, scores: Tensor, y: Tensor) -> tuple[Tensor | None, ...]:
+    grad, *_ = _project_backward(ctx, scores)
+    return y + cast(Tensor, grad), None, None, None, None
+
+
+def _keep_steer_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _steer_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    slots, deltas, basis, dual, target, gate = ctx.saved_tensors
+    if basis is not None:  # the transpose of the edit, without its constants
+        grad = steer_rows(grad, slots, torch.zeros_like(deltas), dual, basis, torch.zeros_like(target), gate)
+    return grad, *[None] * 6
+
+
+def _keep_steer_when(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, slots, readers, levels, *tables = inputs
+    ctx.save_for_backward(steer_slots(x, slots, readers, levels), *tables)
+
+
+def _steer_when_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_steer_rows_backward(ctx, grad), None, None
+
+
+for _op, _backward, _keep in (
+    ("project", _project_backward, _keep_project),
+    ("project_packed", _project_backward, _keep_project_packed),
+    ("project_steer", _project_steer_backward, _keep_project_steer),
+    ("steer_add", _steer_add_backward, None),
+    ("steer_set", _steer_set_backward, _keep_steer_set),
+    ("steer_rows", _steer_rows_backward, _keep_steer_rows),
+    ("steer_when", _steer_when_backward, _keep_steer_when),
+):
+    torch.library.register_autograd(f"emocore::{_op}", _backward, setup_context=_keep, lib=_library)
 
 # --- hooks of a capture on the device: what they do is the lane's, found by its handle when the op runs
 
@@ -282,9 +404,20 @@ stage = torch.ops.emocore.stage.default
 label_sums = torch.ops.emocore.label_sums.default
 gram = torch.ops.emocore.gram.default
 project = torch.ops.emocore.project.default
+project_packed = torch.ops.emocore.project_packed.default
+project_rows = torch.ops.emocore.project_rows.default
+project_steer = torch.ops.emocore.project_steer.default
+project_steer_ = torch.ops.emocore.project_steer_.default
+pool_scores = torch.ops.emocore.pool_scores.default
 steer_add = torch.ops.emocore.steer_add.default
 steer_add_ = torch.ops.emocore.steer_add_.default
 steer_set = torch.ops.emocore.steer_set.default
+steer_set_ = torch.ops.emocore.steer_set_.default
+steer_rows = torch.ops.emocore.steer_rows.default
+steer_rows_ = torch.ops.emocore.steer_rows_.default
+steer_when = torch.ops.emocore.steer_when.default
+steer_when_ = torch.ops.emocore.steer_when_.default
+steer_slots = torch.ops.emocore.steer_slots.default
 lane_begin = torch.ops.emocore.lane_begin.default
 lane_stage = torch.ops.emocore.lane_stage.default
 lane_commit = torch.ops.emocore.lane_commit.default

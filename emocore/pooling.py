@@ -1,4 +1,8 @@
-"""Pools: the selected tokens of each sequence of a batch, over one or many forwards, made into one row a sequence."""
+"""Pools: the selected tokens of each sequence of a batch, over one or many forwards, made into one row a sequence.
+
+`Pool` is given gathered rows; `DevicePool` takes whole forwards as they are, waits for nothing, and asks the device once,
+when it closes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from . import ops
 
 
 class Pooled(NamedTuple):
-    """rows [M, D] float32 of sequences [M]; token norms [n]; how many sequences gave no row, and why."""
+    """rows [M, D] float32 of sequences [M]; token norms [n], or their sum and number; how many sequences gave no row,
+    and why."""
 
     rows: Tensor
     sequence: Tensor
@@ -19,6 +24,8 @@ class Pooled(NamedTuple):
     too_short: int
     nonfinite: int
     overrange: int
+    norm_sum: float = 0.0
+    norm_count: int = 0
 
 
 class Pool:
@@ -68,4 +75,84 @@ class Pool:
             too_short=int(((self._count == 0) & ~self._bad).sum()),
             nonfinite=int(self._bad.sum()),
             overrange=int((~fits).sum()),
+        )
+
+
+class DevicePool:
+    """As Pool, over the positions [N] of whole forwards, in memory on the device that stays where it is.
+
+    What a forward brings waits until it is committed. sums [B, D] float64: the sum, the last or the largest; words
+    [B, 4] float64: tokens, bad ones, the sum of the norms that count and their number.
+    """
+
+    TOKENS, BAD, NORM, NORMS = range(4)
+
+    def __init__(self, kind: str, sequences: int, dim: int, device: torch.device) -> None:
+        self.kind, self.sequences = kind, sequences
+        start = -torch.inf if kind == "max" else 0.0
+        self._empty = torch.full((1, dim), start, dtype=torch.float64, device=device)
+        self._sums, self._new = self._empty.repeat(sequences, 1), self._empty.repeat(sequences, 1)
+        self._words, self._new_words = torch.zeros(2, sequences, 4, dtype=torch.float64, device=device)
+        self._zero = torch.zeros(dim, dtype=torch.float64, device=device)
+
+    def reset(self) -> None:
+        """Forget every sequence."""
+        self._sums.copy_(self._empty)
+        self._words.zero_()
+
+    def stage(self, x: Tensor, keep: Tensor, sequence: Tensor, counted: Tensor) -> None:
+        """Take the kept positions of x [N, D]; sequence [N], and whether a position's norm counts [N]."""
+        finite = torch.isfinite(x).all(1)
+        good = keep & finite
+        labels = torch.where(good, sequence, -1).int()
+        norms = torch.where(good & counted, torch.linalg.vector_norm(x, dim=1, dtype=torch.float64), 0.0)
+        words = torch.stack([good, keep & ~finite, norms, good & counted], 1).double()
+        at = torch.where(keep, sequence, 0).int()
+        self._new_words.zero_()
+        ops.label_sums(words, at, None, self._zero.new_zeros(4), self._new_words, None)
+        self._new.copy_(self._empty)
+        if self.kind == "mean":
+            ops.label_sums(x, labels, None, self._zero, self._new, None)
+            return
+        place = torch.where(good, sequence, self.sequences).long()  # one place more, for what is not kept
+        room = torch.cat([self._new, self._empty])
+        if self.kind == "max":
+            room.scatter_reduce_(0, place.unsqueeze(1).expand(x.shape), x.double(), "amax")
+        else:
+            last = place.new_full((self.sequences + 1,), -1)
+            last.scatter_reduce_(0, place, torch.arange(len(x), device=x.device), "amax")
+            room = torch.where((last >= 0).unsqueeze(1), x[last.clamp_min(0)].double(), 0.0)
+        self._new.copy_(room[:-1])
+
+    def commit(self, whole: Tensor) -> None:
+        """Keep what the last forward brought, where `whole` is 1 and not 0."""
+        if self.kind == "mean":
+            added = self._sums + self._new
+        elif self.kind == "max":
+            added = self._sums.maximum(self._new)
+        else:
+            added = torch.where(self._new_words[:, :1] > 0, self._new, self._sums)
+        self._sums.copy_(torch.where(whole > 0, added, self._sums))
+        self._words.add_(self._new_words * whole)
+
+    def close(self, sequences: int) -> Pooled:
+        """One float32 row for every one of the first `sequences` that has tokens, no bad one, and fits float32."""
+        words = self._words[:sequences].cpu()
+        tokens, bad = words[:, self.TOKENS], words[:, self.BAD] > 0
+        good = (tokens > 0) & ~bad
+        rows = self._sums[:sequences]
+        if self.kind == "mean":
+            rows = rows / self._words[:sequences, :1].clamp_min(1.0)
+        rows = rows.float()
+        fits = rows.isfinite().all(1).cpu() | ~good
+        kept = good & fits
+        return Pooled(
+            rows=rows[kept.to(rows.device)],
+            sequence=kept.nonzero().squeeze(1),
+            norms=torch.zeros(0, dtype=torch.float64),
+            too_short=int(((tokens == 0) & ~bad).sum()),
+            nonfinite=int(bad.sum()),
+            overrange=int((~fits).sum()),
+            norm_sum=float(words[kept, self.NORM].sum()),
+            norm_count=int(words[kept, self.NORMS].sum()),
         )

@@ -35,7 +35,6 @@ def residence(
     reasons = {
         "the model is on several devices, or has no parameters": device is None,
         "a sink is not a Moments": not all(isinstance(b.sink, Moments) for b in sinks),
-        "a token rule pools": any(b.rule.pool is not None for b in sinks),
         "a module fires more than once": fires != 1,
         "the model is float64": bool(parameters) and all(p.dtype not in ROWS for p in parameters),
     }

@@ -82,6 +82,8 @@ class Binding:
         self.ledger.rows.add(formed=sum(lost.values()), **lost)
         if keep:
             self.hand_over(pooled.rows, None if ids is None else ids[pooled.sequence], pooled.norms)
+            if pooled.norm_count and hasattr(self.sink, "count_norms"):
+                self.sink.count_norms(pooled.norm_sum, pooled.norm_count)
         else:
             self.ledger.rows.add(formed=len(pooled.rows), dropped=len(pooled.rows))
 

@@ -143,6 +143,60 @@ def test_plain_rows() -> None:
     assert mine.sinks["0"].count == 7
 
 
+@pytest.mark.parametrize("pool", ["mean", "last", "max"])
+@pytest.mark.parametrize("batched", [True, False])
+def test_pooled_rows(tokenwise, pool: str, batched: bool) -> None:
+    model = tokenwise()
+    with torch.no_grad():
+        model.embed.weight[9] = torch.inf
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 0]])
+    shown = torch.tensor([[0, 4, 5, 6], [4, 9, 7, 8], [0, 0, 0, 5], [11, 12, 13, 0]])
+
+    def run(tap) -> None:
+        for seed in range(3):
+            if batched:
+                with tap.batch(labels=["calm", "tense", None, "tense"]):
+                    model(shown, attention_mask=mask)
+            else:
+                model(shown.roll(seed, 0), attention_mask=mask.roll(seed, 0))
+
+    def sink() -> Moments:
+        return Moments(labels=["calm", "tense"] if batched else None)
+
+    mine, _ = both(model, "layers.*", sink, run, tokens=Tokens(skip=1, pool=pool))
+    rows = mine.ledger["layers.0"].rows
+    assert (rows.accumulated, rows.nonfinite, rows.too_short) == (6, 3, 3)
+
+
+def test_pooled_over_the_forwards_of_a_generation(tiny) -> None:
+    def run(tap) -> None:
+        for seed in range(2):
+            with tap.batch(labels=["calm", "tense"]):
+                tap.model.generate(
+                    input_ids=ids(2, 4, seed), attention_mask=torch.ones(2, 4, dtype=torch.long), max_new_tokens=5
+                )
+
+    for pool in ("mean", "last", "max"):
+        both(tiny("llama"), "model.layers.1", labelled, run, tokens=Tokens(pool=pool))
+
+
+def test_pooled_rows_of_a_forward_that_failed_are_not_formed() -> None:
+    model, x = Breaks(), torch.randn(2, 5, 3)
+    with capture(model, ["first", "second"], Moments, tokens=Tokens(pool="mean"), resident=True) as tap:
+        with tap.batch():
+            model(x)
+        with pytest.raises(KeyError), tap.batch():
+            model(x, fail=True)
+        with tap.batch():
+            pass
+        with pytest.raises(ZeroDivisionError), tap.batch():  # noqa: PT012
+            model(x)
+            raise ZeroDivisionError
+    assert tap.sinks["first"].count == tap.sinks["second"].count == 2
+    assert tap.ledger["first"].rows.dropped == 2
+    assert tap.ledger["first"].tokens.rolled_back == 10
+
+
 def test_rows_with_nan_are_quarantined(tokenwise) -> None:
     model = tokenwise()
     with torch.no_grad():
@@ -329,10 +383,7 @@ def test_padding_without_a_mask_is_found_on_the_device(tokenwise) -> None:
 
 
 def test_what_cannot_stay_on_the_device_says_so(tokenwise) -> None:
-    for options, reason in (
-        ({"tokens": Tokens(pool="mean")}, "pools"),
-        ({"fires": 2}, "more than once"),
-    ):
+    for options, reason in (({"fires": 2}, "more than once"),):
         with pytest.raises(ArgumentError, match=reason):
             capture(tokenwise(), "layers.0", Moments, resident=True, **options)
     with pytest.raises(ArgumentError, match="not a Moments"):
