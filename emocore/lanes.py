@@ -221,7 +221,8 @@ class Lane:
         self._open = None
         header = plan.header
         pools = [(seat.pool, at) for at, seat in enumerate(self.seats) if seat.pool is not None]
-        fired, before = self.plans.stations[:, Station.FIRES].clone(), header[Header.FORWARDS].clone()
+        if pools:  # the commit clears what they need to know
+            fired, before = self.plans.stations[:, Station.FIRES].clone(), header[Header.FORWARDS].clone()
         for group in self.groups:
             seat = self.seats[group.stations[0]]
             if names := seat.binding.labels:

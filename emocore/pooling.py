@@ -1,7 +1,6 @@
 """Pools: the selected tokens of each sequence of a batch, over one or many forwards, made into one row a sequence.
 
-`Pool` is given gathered rows; `DevicePool` takes whole forwards as they are, waits for nothing, and asks the device once,
-when it closes.
+`Pool` is given gathered rows; `DevicePool` takes whole forwards as they are and asks the device only when it closes.
 """
 
 from __future__ import annotations

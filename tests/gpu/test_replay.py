@@ -1,0 +1,75 @@
+"""A forward recorded once and replayed on other tokens counts what eager code counts: nothing is baked in."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emocore import Moments, Tokens, capture
+
+_spec = importlib.util.spec_from_file_location("replay", Path(__file__).with_name("replay.py"))
+replay = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(replay)
+
+B, T, ROUNDS = 3, 6, 4
+
+
+def tokens(round_: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(round_)
+    mask = (torch.rand(B, T, generator=g) > 0.25).long()
+    return torch.randint(3, 14, (B, T), generator=g).to(device), mask.to(device)
+
+
+def labelled() -> Moments:
+    return Moments(labels=["calm", "tense"], covariance=True, block_rows=512)
+
+
+def run(model: nn.Module, device: torch.device, recorder, **options):
+    """ROUNDS batches of two forwards each; with a recorder, the first forward is run, the second recorded, then all are
+    replayed."""
+    shown, mask = torch.zeros(B, T, dtype=torch.long, device=device), torch.ones(B, T, dtype=torch.long, device=device)
+    with torch.no_grad(), capture(model, "layers.*", labelled, resident=True, **options) as tap:
+        for i in range(ROUNDS):
+            with tap.batch(labels=[["calm", "tense", None], ["tense", None, "calm"]][i % 2]):
+                for _ in range(2):
+                    for memory, value in zip((shown, mask), tokens(i, device), strict=True):
+                        memory.copy_(value)
+                    if recorder is None or i == 0:
+                        model(shown, attention_mask=mask)
+                    elif recorder.calls:
+                        recorder.replay()
+                    else:
+                        with recorder:
+                            model(shown, attention_mask=mask)
+    return tap
+
+
+@pytest.mark.parametrize("rule", [Tokens(), Tokens(skip=1), Tokens(skip=1, pool="mean"), Tokens(pool="last")], ids=str)
+def test_replays_are_eager_forwards(tokenwise, device, monkeypatch, rule: Tokens) -> None:
+    model = tokenwise(dim=5).to(device)
+    with torch.no_grad():
+        model.embed.weight[9] = torch.inf  # some rows are quarantined
+    eager = run(model, device, None, tokens=rule)
+    recorder = replay.Recorder(monkeypatch)
+    replayed = run(model, device, recorder, tokens=rule)
+    assert recorder.calls
+    assert replayed.ledger == eager.ledger
+    for name in eager.sinks:
+        mine, other = replayed.sinks[name], eager.sinks[name]
+        assert torch.equal(mine.mean, other.mean)
+        assert torch.equal(mine.label_mean, other.label_mean)
+        assert torch.equal(mine.covariance(), other.covariance())
+        assert mine.mean_norm == other.mean_norm
+    tokens_ = eager.ledger["layers.0"].tokens
+    assert tokens_.nonfinite > 0
+    assert tokens_.masked > 0
+    assert tokens_.reseen > 0
+
+
+def test_nothing_is_allocated_in_a_steady_forward(tokenwise, device, monkeypatch) -> None:
+    model = tokenwise(dim=5).to(device)
+    recorder = replay.Recorder(monkeypatch)
+    run(model, device, recorder, tokens=Tokens(skip=1))
+    assert not replay.ALLOCATES & set(recorder.ours)
