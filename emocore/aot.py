@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from . import formats, native, publishing
-from .errors import DeviceError
+from .errors import DeviceError, StoreError
 
 ARCHITECTURES = (80, 90, 100)
 MAX_SHARED = 227 * 1024  # bytes of shared memory a block may have on sm_90
@@ -161,7 +161,11 @@ def obtain(variant: Any, arch: int) -> Built:
         data = {"ptx": found.ptx.encode(), "cubin": found.cubin}
         tensors = {name: torch.frombuffer(bytearray(value), dtype=torch.uint8) for name, value in data.items()}
         path = _path(variant, arch)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            way_out = "Name a folder that can be written in XDG_CACHE_HOME."
+            raise StoreError(f"{path.parent}: no folder for kernels", got=str(error), way_out=way_out) from error
         publishing.publish(path, formats.FORMATS[".safetensors"].pack(tensors, text))
     return found
 
@@ -264,35 +268,33 @@ def attach(device: torch.device | int | None = None, building: bool = False) -> 
 
 
 def _load(index: int, arch: int, building: bool) -> Attached:
-    from .kernels import _launch
+    from .kernels import _launch, gram_cuda
 
-    driver = native.extension()
-    loaded, left = [], {}
+    driver, left = native.extension(), {}
+    loaded = []
+
+    def load(name: str, *form: Any) -> int | None:
+        try:
+            handle: int = driver.driver_load(*form)
+        except (DeviceError, ValueError) as error:
+            left[name] = str(error)
+            return None
+        loaded.append(name)
+        return handle
+
     shipped = [v for module in modules() for v in variants(module)]
     for variant in sorted(shipped, key=lambda v: -v.promises):  # the most special that serves a call is tried first
-        try:
-            built = obtain(variant, arch) if building else cached(variant, arch)
-            if built is None or built.hidden < 0:
-                left[variant.name] = "not built" if built is None else "only Triton can launch it"
-                continue
-            words = " ".join([*variant.arguments, *["null"] * built.hidden])
-            handle = driver.driver_load(built.cubin, built.entry, words, built.threads, built.shared)
-        except (DeviceError, ValueError) as error:
-            left[variant.name] = str(error)
+        built = obtain(variant, arch) if building else cached(variant, arch)
+        if built is None or built.hidden < 0:
+            left[variant.name] = "not built" if built is None else "only Triton can launch it"
             continue
-        _launch.serve(variant, index, handle, driver.driver_launch)
-        loaded.append(variant.name)
-    return Attached(arch, (*loaded, *_load_gram(index, arch)), left)
-
-
-def _load_gram(index: int, arch: int) -> Iterator[str]:
-    """What nvcc made of csrc/gram_cuda.cu, which runs on sm_90 alone."""
-    from .kernels import gram_cuda
-
-    if arch != 90 or not GRAM.exists():
-        return
-    driver, cubin = native.extension(), GRAM.read_bytes()
-    for parts in (1, 2):
-        entry, words, threads, shared = driver.gram_cuda_form(parts)
-        gram_cuda.HANDLES[index, parts] = driver.driver_load(cubin, entry, words, threads, shared)
-        yield entry
+        words = " ".join([*variant.arguments, *["null"] * built.hidden])
+        handle = load(variant.name, built.cubin, built.entry, words, built.threads, built.shared)
+        if handle is not None:
+            _launch.serve(variant, index, handle, driver.driver_launch)
+    for parts in (1, 2) if arch == 90 and GRAM.exists() else ():
+        entry, *form = driver.gram_cuda_form(parts)
+        handle = load(entry, GRAM.read_bytes(), entry, *form)
+        if handle is not None:
+            gram_cuda.HANDLES[index, parts] = handle
+    return Attached(arch, tuple(loaded), left)

@@ -40,6 +40,7 @@ class Seat:
     group: Group | None = None
     index: int = 0
     pool: DevicePool | None = None
+    onlooker: Any = None  # of a monitor, shared by its hook points (onlooking.Onlooker)
 
 
 @dataclass
@@ -73,6 +74,12 @@ class Lane:
         modules = dict(model.named_modules())
         self.seats = [Seat(b, rules.index(b.rule), _kin(b, modules[b.hook_point], optional)) for b in bindings]
         at = itertools.count()
+        onlookers: dict[int, int] = {}
+        for seat in self.seats:
+            seat.onlooker = getattr(seat.binding.sink, "onlooker", None)
+            if seat.onlooker is not None:
+                seat.index = onlookers[id(seat.onlooker)] = onlookers.get(id(seat.onlooker), -1) + 1
+        self._onlookers = list({id(s.onlooker): s for s in self.seats if s.onlooker is not None}.values())
         self._seats_of = [[next(at) for _ in points[point]] for point in self.points]
         stops, pads = token_ids(model, "eos", "pad"), token_ids(model, "pad") - token_ids(model, "eos")
         self.plans = Plans(rules, [seat.rule for seat in self.seats], optional, stops, pads, device)
@@ -83,6 +90,9 @@ class Lane:
         self._open: Open | None = None
         self._ignored = False
         self._sequences = 0  # of the last forward
+        self._before = torch.zeros((), dtype=torch.int64, device=device)  # forwards before the open one
+        self._fired = torch.zeros(len(self.seats), dtype=torch.int64, device=device)
+        self._row_dtype = next(model.parameters()).dtype
         self._entered = torch.zeros((), dtype=torch.int64, device=device)  # forwards before the open batch
         self._recorded = False  # into a graph: what the host knows of the rows is then no longer all
         self._bound: list[int] = []  # most rows that can wait in each group
@@ -101,6 +111,8 @@ class Lane:
             batch.mask = batch.mask.to(self.device, non_blocking=True)
         self.plans.header[Header.GOES_ON] = 1
         self._reset_pools()
+        for seat in self._onlookers:
+            seat.onlooker.enter(batch)
         if len(self.plans.seen):
             self.plans.seen.zero_()
         for names in {seat.binding.labels for seat in self.seats} - {()}:
@@ -165,6 +177,12 @@ class Lane:
         ops.step("begin", self.device)(
             plan, mask, ids, past if past_at is None else past_at, -1 if written is None else written
         )
+        recording = self._recording()
+        for seat in self._onlookers:
+            if not seat.onlooker.fits(plan):
+                self._check_recording("rows")
+                seat.onlooker.reserve(plan, self._row_dtype)
+            seat.onlooker.begin(self._current(), plan, past, recording)
         self._open = Open(plan, call, thread)
         self._sequences = plan.sequences
 
@@ -197,21 +215,30 @@ class Lane:
             if seat.binding.rule.pool is not None:
                 self._stage_pool(seat, at, flat, plan)
                 continue
+            if seat.onlooker is not None:
+                cursor, (rows, marks, norms) = seat.onlooker.cursor, seat.onlooker.room(seat.index)
+                self._stage_rows(flat, at, plan, cursor, rows, marks, norms)
+                seat.onlooker.score(seat.index, plan, seat.rule)
+                continue
             group = self._group(at, flat)
             if group.room_for(plan.positions) > group.capacity:
                 self._check_recording("rows")
                 group.reserve(plan.positions)
-            ops.step("stage_rows", self.device)(
-                flat,
-                plan.dest[seat.rule],
-                plan.rank,
-                plan.ranked,
-                group.cursor,
-                self.plans.stations[at],
-                group.rows[seat.index],
-                group.marks[seat.index],
-                group.norms[seat.index],
+            i = seat.index
+            self._stage_rows(flat, at, plan, group.cursor, group.rows[i], group.marks[i], group.norms[i])
+
+    def _stage_rows(
+        self, flat: Tensor, at: int, plan: Plan, cursor: Tensor, rows: Tensor, marks: Tensor, norms: Tensor
+    ) -> None:
+        if rows.dtype != flat.dtype or rows.shape[1] != flat.shape[1]:
+            raise ArgumentError(
+                f"hook point {self.seats[at].binding.hook_point!r}: rows",
+                expected=f"{rows.shape[1]} wide, {rows.dtype}, like the first ones",
+                got=f"{flat.shape[1]} wide, {flat.dtype}",
+                way_out="Run the model in one precision while it is captured, or use resident=False.",
             )
+        dest, station = plan.dest[self.seats[at].rule], self.plans.stations[at]
+        ops.step("stage_rows", self.device)(flat, dest, plan.rank, plan.ranked, cursor, station, rows, marks, norms)
 
     def commit(self) -> None:
         """Close the forward on the device: all of it counts, or none."""
@@ -221,8 +248,9 @@ class Lane:
         self._open = None
         header = plan.header
         pools = [(seat.pool, at) for at, seat in enumerate(self.seats) if seat.pool is not None]
-        if pools:  # the commit clears what they need to know
-            fired, before = self.plans.stations[:, Station.FIRES].clone(), header[Header.FORWARDS].clone()
+        if pools or self._onlookers:  # the commit clears what they need to know
+            self._fired.copy_(self.plans.stations[:, Station.FIRES])
+            self._before.copy_(header[Header.FORWARDS])
         for group in self.groups:
             seat = self.seats[group.stations[0]]
             if names := seat.binding.labels:
@@ -237,7 +265,9 @@ class Lane:
                 )
         ops.step("commit", self.device)(plan, self._leaders, self.cursors)
         for pool, at in pools:
-            pool.commit(fired[at] * (header[Header.FORWARDS] - before))
+            pool.commit(self._fired[at] * (header[Header.FORWARDS] - self._before))
+        for seat in self._onlookers:
+            seat.onlooker.commit(plan, seat.rule, self._before, header[Header.FORWARDS])
         self._word.copy_(header[Header.ERRORS : Header.ERRORS + 1], non_blocking=True)
         self._drain(plan.positions)
         batch = self._current()
@@ -284,9 +314,11 @@ class Lane:
         if self._open is not None and (every or self._open.thread == threading.get_ident()):
             self._open = None
 
+    def _recording(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
     def _drain(self, positions: int) -> None:
-        recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self._recorded |= recording
+        self._recorded |= self._recording()
         for i, group in enumerate(self.groups):
             self._bound[i] += positions
             for _ in range(group.most_blocks(positions)):
@@ -314,17 +346,6 @@ class Lane:
             kin = [i for i, other in enumerate(self.seats) if other.kin == seat.kin and other.group is None]
             self._make_group(kin if seat.kin else [at], flat)
         assert seat.group is not None
-        if seat.group.dim != flat.shape[1]:
-            raise ShapeError(
-                f"hook point {seat.binding.hook_point!r}: width", expected=seat.group.dim, got=flat.shape[1]
-            )
-        if seat.group.dtype != flat.dtype:
-            raise ArgumentError(
-                f"hook point {seat.binding.hook_point!r}: dtype",
-                expected=f"{seat.group.dtype}, like its first rows",
-                got=flat.dtype,
-                way_out="Run the model in one precision while it is captured, or use capture(resident=False).",
-            )
         return seat.group
 
     def _make_group(self, stations: Sequence[int], flat: Tensor) -> None:
@@ -347,7 +368,7 @@ class Lane:
         return sink
 
     def _check_recording(self, what: str) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self._recording():
             raise CaptureError(
                 f"{what}: memory is needed that was not there before, and a graph is being recorded",
                 way_out="Run one forward of the largest shape before recording.",
@@ -414,6 +435,9 @@ class Lane:
                 self._bound[i] = 0
             for seat, word in zip(self.seats, words, strict=True):
                 _record(seat.binding, word)
+                if seat.onlooker is not None:
+                    used = word[Station.SELECTED]
+                    seat.binding.ledger.rows.add(formed=used, accumulated=used)
             self._word.copy_(self.plans.header[Header.ERRORS : Header.ERRORS + 1])
 
     def _undo(self) -> None:

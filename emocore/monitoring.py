@@ -17,9 +17,13 @@ from .capturing import Tap, capture
 from .directions import Directions, placed
 from .errors import ArgumentError, CalibrationError
 from .ledger import Ledger
+from .onlooking import Onlooker
 from .sinks import Observed
 from .tokens import Spans, Tokens
 from .tracking import Tracks
+from .watching import Watch
+
+MOST_SEQUENCES, MOST_RESIDENT = 65_536, 1_023  # followed at once, on the host and on a device
 
 
 class Rule(NamedTuple):
@@ -37,6 +41,7 @@ class Watcher:
 
     def __init__(self, monitor: Monitor, hook_point: str, vectors: Directions) -> None:
         self.monitor, self.hook_point, self.vectors = monitor, hook_point, vectors
+        self.onlooker: Onlooker | None = None  # where the monitor's state is on the device
         self.ledger = Ledger()
         self.rules = [
             Rule(
@@ -109,7 +114,7 @@ class Watcher:
                     if not ringing and value > rule.level:
                         position = int(before[i]) + t
                         alarm = Alarm(rule.name, names[i], position, value, rule.level, self.hook_point)
-                        self.monitor.alarms.append(alarm)
+                        self.monitor._alarms.append(alarm)
                     ringing = value > rule.level or (ringing and not value < rule.release)
                 active[at[i], r] = ringing
 
@@ -120,6 +125,8 @@ class Watcher:
 
     def reference(self) -> StreamReference:
         """What the statistics did over every sequence watched, for calibrating thresholds."""
+        if self.onlooker is not None:
+            return self._resident_reference(self.onlooker.watch)
         if self.tracks is None:
             raise CalibrationError("reference: no token was watched", way_out="Run neutral text inside the monitor.")
         if self.tracks.evicted:
@@ -127,14 +134,28 @@ class Watcher:
                 f"reference: {self.tracks.evicted} sequences were forgotten",
                 way_out="Give monitor(max_sequences=...) room for all of them.",
             )
-        mean = self._sum / self._count
-        std = (self._square / self._count - mean**2).clamp_min(0).sqrt()
         largest = self.tracks.largest[:, list(self.tracks.slots.values())]
-        return StreamReference(self.monitor.alpha, self.monitor.window, self._count, mean, std, largest)
+        return self._stream(self._count, self._sum, self._square, largest)
+
+    def _resident_reference(self, watch: Watch) -> StreamReference:
+        totals = watch.totals(self.hook_point)
+        if not totals.tokens:
+            raise CalibrationError("reference: no token was watched", way_out="Run neutral text inside the monitor.")
+        if watch.evicted:
+            raise CalibrationError(
+                f"reference: {watch.evicted} sequences were forgotten",
+                way_out="Give monitor(max_sequences=...) room for all of them.",
+            )
+        return self._stream(totals.tokens, totals.sums, totals.squares, totals.largest)
+
+    def _stream(self, count: int, sums: Tensor, squares: Tensor, largest: Tensor) -> StreamReference:
+        mean = sums / count
+        std = (squares / count - mean**2).clamp_min(0).sqrt()
+        return StreamReference(self.monitor.alpha, self.monitor.window, count, mean, std, largest)
 
 
 class Monitor:
-    """An open monitor; made by `monitor`. `alarms` so far are a list in the order they rose, yours to empty."""
+    """An open monitor; made by `monitor`. The list of its `alarms` is yours to empty."""
 
     def __init__(
         self,
@@ -144,22 +165,55 @@ class Monitor:
         alpha: float,
         window: int,
         history: int,
-        max_sequences: int,
+        max_sequences: int | None,
+        resident: bool | None,
     ) -> None:
         if not 0 < alpha <= 1 or window < 1:
             raise ArgumentError("alpha, window", expected="alpha in (0, 1], window >= 1", got=(alpha, window))
-        if history < 0 or max_sequences < 1:
+        if history < 0 or (max_sequences is not None and max_sequences < 1):
             raise ArgumentError(
                 "history, max_sequences", expected="history >= 0, max_sequences >= 1", got=(history, max_sequences)
             )
-        self.alpha, self.window, self.history, self.max_sequences = alpha, window, history, max_sequences
+        self.alpha, self.window, self.history = alpha, window, history
+        self.max_sequences = max_sequences or MOST_SEQUENCES
         self.thresholds = dict(alarms)
-        self.alarms: list[Alarm] = []
+        self._alarms: list[Alarm] = []
         self._single = isinstance(vectors, Directions)
         places = placed(model, vectors)
         self.watchers = {name: Watcher(self, name, directions) for name, directions in places.items()}
         sinks = {name: (self.watchers[name], _rule(directions)) for name, directions in places.items()}
-        self._tap: Tap = capture(model, sinks)
+        device = None if resident is False else self._home(model, places)
+        if device is not None and (resident or device.type == "cuda"):
+            self._look_on(places, max_sequences or MOST_RESIDENT, device)
+        self._tap: Tap = capture(model, sinks, resident=resident)
+        if not self._tap.resident:
+            for watcher in self.watchers.values():
+                watcher.onlooker = None
+
+    def _home(self, model: nn.Module, places: Mapping[str, Directions]) -> torch.device | None:
+        """The one device the model is on, where all its hook points can be watched as one; else None."""
+        devices = {p.device for p in model.parameters()}
+        alike = {(len(one), one.dim, _rule(one)) for one in places.values()}
+        return next(iter(devices)) if len(devices) == len(alike) == 1 and not self.history else None
+
+    def _look_on(self, places: Mapping[str, Directions], sequences: int, device: torch.device) -> None:
+        rules = {name: watcher.rules for name, watcher in self.watchers.items()}
+        onlooker = Onlooker(places, rules, self.alpha, self.window, sequences, device)
+        for watcher in self.watchers.values():
+            watcher.onlooker = onlooker
+
+    @property
+    def _watch(self) -> Watch | None:
+        """The state on the device, where it is there."""
+        onlooker = next(iter(self.watchers.values())).onlooker
+        return None if onlooker is None else onlooker.watch
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """The alarms so far, in the order they rose; where the state is on the device, this waits for it."""
+        if (watch := self._watch) is not None:
+            self._alarms += watch.alarms()
+        return self._alarms
 
     @contextlib.contextmanager
     def batch(
@@ -178,11 +232,15 @@ class Monitor:
     @property
     def scores(self) -> Any:
         """{sequence: EMA of z scores [K]} at its last token, by hook point where several are watched."""
+        if (watch := self._watch) is not None:
+            return self._by_hook_point(lambda watcher: watch.scores()[watcher.hook_point])
         return self._each(lambda tracks, slot: tracks.ema[slot].clone())
 
     @property
     def peaks(self) -> Any:
         """{sequence: largest EMA [K]} so far, by hook point where several are watched."""
+        if (watch := self._watch) is not None:
+            return self._by_hook_point(lambda watcher: watch.peaks()[watcher.hook_point])
         return self._each(lambda tracks, slot: tracks.largest[STATISTICS.index("ema"), slot].clone())
 
     @property
@@ -250,14 +308,17 @@ def monitor(
     alpha: float = 1 / 8,
     window: int = 16,
     history: int = 0,
-    max_sequences: int = 65_536,
+    max_sequences: int | None = None,
+    resident: bool | None = None,
 ) -> Monitor:
     """Score the tokens that the vectors are calibrated on while the `with` block runs the model; alarm on a watch list.
 
     Per sequence and direction it keeps the EMA y = (1 - alpha) y + alpha z, the mean of the last `window` scores, and
     their largest values; `history` keeps the statistics of that many last tokens too. Without
     `watch.batch(requests=...)` a row of the batch is a sequence, and begins anew where its ranks do not go on. Beyond
-    `max_sequences` the longest unseen are forgotten.
+    `max_sequences` (65,536; 1,023 on a device) the longest unseen are forgotten. `resident` keeps scores and state on
+    the model's device and waits for nothing in the forward: by default on a GPU, where every hook point has as many
+    directions and no history is kept.
     Raises CalibrationError, LabelError, ArgumentError or HookPointError.
     """
-    return Monitor(model, vectors, alarms or {}, alpha, window, history, max_sequences)
+    return Monitor(model, vectors, alarms or {}, alpha, window, history, max_sequences, resident)

@@ -34,7 +34,9 @@ def residence(
     sinks = [binding for bindings in points.values() for binding in bindings]
     reasons = {
         "the model is on several devices, or has no parameters": device is None,
-        "a sink is not a Moments": not all(isinstance(b.sink, Moments) for b in sinks),
+        "a sink is neither a Moments nor a monitor's": not all(
+            isinstance(b.sink, Moments) or getattr(b.sink, "onlooker", None) is not None for b in sinks
+        ),
         "a module fires more than once": fires != 1,
         "the model is float64": bool(parameters) and all(p.dtype not in ROWS for p in parameters),
     }

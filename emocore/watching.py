@@ -70,6 +70,8 @@ class Watch:
             self.state = self._memory(alpha, window, slots, record_capacity, sums, forward, whole)
 
     def _check_rules(self, rules: Mapping[str, Sequence[Rule]]) -> None:
+        if unknown := set(rules) - set(self.hook_points):
+            raise ArgumentError("rules", expected=f"hook points of {self.hook_points}", got=sorted(unknown))
         for point, one in zip(self.hook_points, self.rules, strict=True):
             given = rules.get(point, ())
             if len(one) != len(given):
@@ -183,6 +185,11 @@ class Watch:
 
     # --- what the device knows; these wait for it
 
+    def _wait(self) -> None:
+        """For the forwards of every stream, not only of the one that this runs in."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def alarms(self) -> list[Alarm]:
         """The alarms that rose since they were last asked for, by forward, hook point, sequence, position and rule.
 
@@ -203,8 +210,11 @@ class Watch:
 
     def _collect(self) -> None:
         """Take what was recorded off the device, and forget the names that waited for it."""
+        if not any(self.rules):
+            return
+        self._wait()
         state = self.state
-        risen = int(state.raised - state.taken) if any(self.rules) else 0
+        risen = int(state.raised - state.taken)
         written = min(risen, len(state.values))
         records, values = state.records[:written].tolist(), state.values[:written].tolist()
         for (_, m, serial, position, direction), value in sorted(zip(records, values, strict=True)):
@@ -216,6 +226,7 @@ class Watch:
 
     def _live(self, m: int) -> tuple[list[str], Tensor]:
         """The sequences that have tokens at hook point m, and their slots on the device."""
+        self._wait()
         serials, tokens = self.state.serials[m, :, 0].tolist(), self.state.tokens[m, :, 0].tolist()
         live = {name: at for name, (at, serial) in self._held.items() if serials[at] == serial and tokens[at]}
         return list(live), torch.tensor(list(live.values()), dtype=torch.int64, device=self.device)

@@ -18,7 +18,7 @@ FLOORS = [
     ["readout", "moments", "rows", "sinks", "batches", "forwards", "lanes", "resident", "capturing"],
     ["verifying", "fitting", "directions"],
     ["steering"],
-    ["alarms", "tracking", "watching", "monitoring", "store"],
+    ["alarms", "tracking", "watching", "onlooking", "monitoring", "store"],
     ["emotions", "integrations"],
     ["demo", "cli", "__main__", "__init__"],
 ]
