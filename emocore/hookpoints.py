@@ -200,18 +200,34 @@ def _by_name(key: Any) -> int:
 def read_output(output: Any) -> Tensor:
     """The hidden state [..., D] in a module's output: the tensor itself, or the first fitting one in its container.
 
-    Raises HookPointError where there is none.
+    A DTensor that every rank holds whole is read as the local tensor. Raises HookPointError where there is no hidden
+    state, or only a shard of one.
 
     >>> import torch
     >>> read_output((torch.zeros(1, 2, 3), None)).shape
     torch.Size([1, 2, 3])
     """
-    return _hidden_field(output)[1]
+    hidden = _hidden_field(output)[1]
+    placements = getattr(hidden, "placements", None)  # of a DTensor
+    if placements is None:
+        return hidden
+    if not all(p.is_replicate() for p in placements):
+        raise HookPointError(
+            "hook point: the hidden state is sharded over ranks",
+            expected="a tensor that every rank holds whole",
+            got=placements,
+            way_out="Choose a module whose output is gathered, such as a transformer block without sequence parallelism.",
+        )
+    local: Tensor = hidden.to_local()  # type: ignore[attr-defined]
+    return local
 
 
 def replace_output(output: Any, hidden: Tensor) -> Any:
     """`output` with its hidden state replaced, in a container of the same kind; the original is left as it was."""
-    key, _ = _hidden_field(output)
+    key, before = _hidden_field(output)
+    whole: Any = before
+    if hasattr(whole, "placements"):
+        hidden = type(whole).from_local(hidden, whole.device_mesh, whole.placements)
     if isinstance(output, Tensor):
         return hidden
     if isinstance(output, (tuple, list)):

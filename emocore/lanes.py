@@ -156,6 +156,11 @@ class Lane:
         like = shown if shown is not None else mask
         assert like is not None
         plain = like.dim() == 1 or (like.is_floating_point() and like.dim() == 2 and mask is None)
+        for name, given in (("input", like), ("attention_mask", mask)):
+            if given is not None and given.device != self.device:
+                raise ArgumentError(
+                    f"{name}: device", expected=self.device, got=given.device, way_out="Move the batch to the model."
+                )
         size = (like.shape[0], 1) if plain else (like.shape[0], like.shape[1])
         mask = batch.mask_of(size, past) if batch.mask is not None else mask
         call = Call(shown, size, mask, past)

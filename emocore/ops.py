@@ -147,8 +147,14 @@ STEPS: dict[str, Callable[..., Any]] = {
 
 def step(name: str, device: torch.device) -> Callable[..., Any]:
     """The implementation of a step for tensors on `device`."""
-    wanted = _forced == "triton" or (_forced is None and device.type == "cuda")
+    wanted = _forced == "triton" or (_forced is None and device.type == "cuda" and _has_kernels(device))
     return (_triton(name) if wanted else None) or STEPS[name]
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether a GPU is one that the kernels are made for: NVIDIA's sm_80 or later; others are served by the reference."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def implementations() -> dict[str, dict[str, str]]:
@@ -158,7 +164,7 @@ def implementations() -> dict[str, dict[str, str]]:
     'reference'
     """
     table = {}
-    for op in SCHEMAS:
+    for op in [*SCHEMAS, *STEPS]:
         cpu = "reference"
         if _forced == "triton" and _triton(op):
             cpu = "triton"
@@ -223,8 +229,8 @@ def _cpu(op: str) -> Callable[..., Any]:
 
 def _cuda(op: str) -> Callable[..., Any]:
     def serve(*args: Any) -> Any:
-        kernel = None if _forced == "reference" else _triton(op)
-        return (kernel or REFERENCE[op])(*args)
+        wanted = _forced == "triton" or (_forced is None and _has_kernels(args[0].device))
+        return ((_triton(op) if wanted else None) or REFERENCE[op])(*args)
 
     return serve
 

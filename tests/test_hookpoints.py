@@ -226,3 +226,28 @@ def test_special_ids_come_from_either_configuration(tiny) -> None:
     assert token_ids(model, "eos") == {1, 5}
     model.generation_config.eos_token_id = 7
     assert token_ids(model, "pad", "eos") == {0, 1, 5, 7}
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """A mesh of one rank."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_a_tensor_that_every_rank_holds_is_read_and_written_whole(mesh) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    whole = DTensor.from_local(torch.ones(1, 2, 3), mesh, [Replicate()])
+    read = read_output((whole, None))
+    assert type(read) is torch.Tensor
+    replaced, _ = replace_output((whole, None), read + 1)
+    assert isinstance(replaced, DTensor)
+    assert replaced.to_local().tolist() == [[[2.0, 2.0, 2.0]] * 2]
+    with pytest.raises(HookPointError, match="sharded over ranks.*gathered"):
+        read_output(DTensor.from_local(torch.ones(1, 2, 3), mesh, [Shard(2)]))
