@@ -19,7 +19,7 @@ from . import ops
 from .batches import Batch, Call
 from .control import Fault, Header, Source, Station
 from .errors import ArgumentError, CaptureError, LabelError, ShapeError, TokenError
-from .forwards import in_backward
+from .forwards import in_backward, outside_autograd
 from .groups import Group
 from .hookpoints import token_ids
 from .moments import Moments
@@ -101,6 +101,7 @@ class Lane:
 
     # --- a batch
 
+    @outside_autograd()
     def enter(self, batch: Batch) -> None:
         """Copy what a batch says of its sequences into the lane's memory."""
         if batch.cu_seqlens is not None:
@@ -127,6 +128,7 @@ class Lane:
             packed = batch.cu_seqlens is not None and len(flat) != len(batch.cu_seqlens) - 1
             self.plans.header[Header.LABELS] = Source.POSITION if ids.dim() > 1 or packed else Source.SEQUENCE
 
+    @outside_autograd()
     def leave(self) -> None:
         """The batch has ended: tokens begin anew, and labels are wanted again."""
         self.plans.header[Header.GOES_ON] = 0
@@ -134,6 +136,7 @@ class Lane:
 
     # --- begin, stage, commit
 
+    @outside_autograd()
     def begin(self, mask: Tensor | None, shown: Tensor | None, past_at: Tensor | None, past: int) -> None:
         """Open a forward over positions `shown` [B, T] (or of another first argument [B, T, D] or [N, D])."""
         if in_backward():
@@ -191,6 +194,7 @@ class Lane:
         self._open = Open(plan, call, thread)
         self._sequences = plan.sequences
 
+    @outside_autograd()
     def stage(self, point: int, hidden: Tensor) -> None:
         """Gather the kept rows of hidden [B, T, D] or [N, D] for every sink of a hook point; touches no sum."""
         if self._ignored:
@@ -245,6 +249,7 @@ class Lane:
         dest, station = plan.dest[self.seats[at].rule], self.plans.stations[at]
         ops.step("stage_rows", self.device)(flat, dest, plan.rank, plan.ranked, cursor, station, rows, marks, norms)
 
+    @outside_autograd()
     def commit(self) -> None:
         """Close the forward on the device: all of it counts, or none."""
         if self._open is None or in_backward():
@@ -426,7 +431,7 @@ class Lane:
 
         A point where summation is split: what comes later is summed on its own and added.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_autograd():
             self._undo()
             words = self.plans.stations.tolist()
             self.plans.stations[:, Station.MISSED + 1 :].zero_()

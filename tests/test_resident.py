@@ -371,7 +371,7 @@ def test_bad_input_is_named(tokenwise, tiny) -> None:
     with capture(model, "layers.0", Moments, resident=True):
         model(ids(1, 2))
         model.half()
-        with pytest.raises(ArgumentError, match="float32, like its first rows"):
+        with pytest.raises(ArgumentError, match="like the first ones"):
             model(ids(1, 2))
     model.float()
 
@@ -386,7 +386,7 @@ def test_what_cannot_stay_on_the_device_says_so(tokenwise) -> None:
     for options, reason in (({"fires": 2}, "more than once"),):
         with pytest.raises(ArgumentError, match=reason):
             capture(tokenwise(), "layers.0", Moments, resident=True, **options)
-    with pytest.raises(ArgumentError, match="not a Moments"):
+    with pytest.raises(ArgumentError, match="neither a Moments"):
         capture(tokenwise(), "layers.0", emocore.Rows, resident=True)
     with pytest.raises(ArgumentError, match="float64"):
         capture(tokenwise().double(), "layers.0", Moments, resident=True)
@@ -418,6 +418,19 @@ def test_training_with_checkpointing_counts_a_recomputation_as_such(tiny) -> Non
     assert ledger.tokens.selected == 10
     assert ledger.tokens.recomputed in (0, 10)
     ledger.check()
+
+
+def test_inference_mode_first_and_training_after(tokenwise) -> None:
+    """Memory made while inference mode is on is written to when it is off."""
+    model = tokenwise()
+    for options in ({}, {"tokens": Tokens(pool="mean")}):
+        with capture(model, "layers.*", lambda: Moments(covariance=True), resident=True, **options) as tap:
+            with torch.inference_mode():
+                model(ids(2, 3))
+            model(ids(4, 5)).sum().backward()
+            with torch.inference_mode():
+                model(ids(4, 5))
+        assert tap.sinks["layers.1"].count == (46 if not options else 10)
 
 
 def test_only_forwards_in_the_asked_mode(tokenwise) -> None:
