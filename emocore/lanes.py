@@ -97,6 +97,7 @@ class Lane:
         self._recorded = False  # into a graph: what the host knows of the rows is then no longer all
         self._bound: list[int] = []  # most rows that can wait in each group
         self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._heard = self._word.numpy()  # the same memory, read without torch
         ops.LANES[self.handle] = self
 
     # --- a batch
@@ -400,10 +401,10 @@ class Lane:
 
     def raise_faults(self) -> None:
         """Raise what the last forwards found wrong, as far as the host has heard of it; nothing is waited for."""
-        word = int(self._word)
+        word = int(self._heard[0])
         if not word:
             return
-        self._word.zero_()
+        self._heard[0] = 0
         self.plans.header[Header.ERRORS].zero_()
         if word & Fault.PADDING:
             raise TokenError(

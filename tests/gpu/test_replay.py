@@ -16,10 +16,10 @@ _spec.loader.exec_module(replay)
 B, T, ROUNDS = 3, 6, 4
 
 
-def tokens(round_: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def tokens(round_: int, device: torch.device, shape: tuple[int, int] = (B, T)) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(round_)
-    mask = (torch.rand(B, T, generator=g) > 0.25).long()
-    return torch.randint(3, 14, (B, T), generator=g).to(device), mask.to(device)
+    mask = (torch.rand(shape, generator=g) > 0.25).long()
+    return torch.randint(3, 14, shape, generator=g).to(device), mask.to(device)
 
 
 def labelled() -> Moments:
@@ -73,3 +73,31 @@ def test_nothing_is_allocated_in_a_steady_forward(tokenwise, device, monkeypatch
     recorder = replay.Recorder(monkeypatch)
     run(model, device, recorder, tokens=Tokens(skip=1))
     assert not replay.ALLOCATES & set(recorder.ours)
+
+
+def test_blocks_that_fill_in_a_replay_are_drained_there(tokenwise, device, monkeypatch) -> None:
+    """Forwards of some 420 rows, blocks of 512: three are filled, one of them in the recording."""
+    model, shape = tokenwise(dim=5).to(device), (56, 10)
+    shown, mask = torch.zeros(2, *shape, dtype=torch.long, device=device)
+    taps, recorder = [], replay.Recorder(monkeypatch)
+    for recorded in (False, True):
+        with torch.no_grad(), capture(model, "layers.*", labelled, resident=True) as tap:
+            for i in range(4):
+                for memory, value in zip((shown, mask), tokens(i, device, shape), strict=True):
+                    memory.copy_(value)
+                with tap.batch(labels=torch.arange(56) % 3 - 1):
+                    if recorded and i == 1:
+                        with recorder:
+                            model(shown, attention_mask=mask)
+                    elif recorded and i > 1:
+                        recorder.replay()
+                    else:
+                        model(shown, attention_mask=mask)
+            assert tap._lane.cursors[0, 1] == 3 * 512
+        taps.append(tap)
+    for name in taps[0].sinks:
+        mine, other = taps[1].sinks[name], taps[0].sinks[name]
+        assert torch.equal(mine.label_mean, other.label_mean)
+        assert torch.equal(mine.covariance(), other.covariance())
+        assert mine.count == other.count
+    assert taps[0].ledger == taps[1].ledger
