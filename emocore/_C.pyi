@@ -1,12 +1,13 @@
 # ruff: noqa: N999
-"""The CPU kernels, and the launcher of the GPU kernels. Formulas, shapes and accumulators: emocore/precision.py and `csrc/*_cpu.h`.
+"""The CPU kernels. Formulas, shapes and accumulators: emocore/precision.py and `csrc/*_cpu.h`.
 
 A NumPy array is seen as rows of its last axis, which is contiguous; one axis is one row. The tuple
 `(address, dtype, rows, cols, row_stride)` says the same of any memory, the stride in elements; a 1-D array is
 `(address, dtype, 1, n, n)`. Activations are float64, float32 or bfloat16 (only as a tuple: NumPy has none).
 Raises ValueError for a shape or dtype, IndexError for an index or label, before anything is written.
 
-`driver_*` reach a GPU through the CUDA driver, found at run time; what it refuses is an emocore.errors.DeviceError.
+And the launcher of GPU kernels: `driver_*` reach a GPU through the CUDA driver, found at run time; what it refuses is
+an emocore.errors.DeviceError.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from . import formats, native, publishing
-from .errors import DeviceError, StoreError
+from .errors import ArgumentError, DeviceError, StoreError
 
 ARCHITECTURES = (80, 90, 100)
 MAX_SHARED = 227 * 1024  # bytes of shared memory a block may have on sm_90
@@ -69,6 +68,8 @@ def build(variant: Any, arch: int) -> Built:
 
     kernel = variant.kernel
     names = [p.name for p in kernel.params]
+    if unsaid := [n for n in names if n not in variant.types and n not in variant.constants]:
+        raise ArgumentError(f"{variant.name}: a variant says the type or the value of every argument", got=unsaid)
     types = {n: variant.types[n].removesuffix(":16") if n in variant.types else "constexpr" for n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in variant.types.items() if t.endswith(":16")}
     source = triton.compiler.ASTSource(kernel, types, dict(variant.constants), attrs=aligned)
@@ -219,7 +220,7 @@ def _rows(work: list[tuple[int, str, int, bool]], jobs: int) -> Iterator[Row]:
 
 def _count(module: str) -> range:
     with contextlib.suppress(Exception):  # `_row` says what is wrong
-        return range(sum(1 for _ in variants(module)))
+        return range(len(list(variants(module))))
     return range(1)
 
 
@@ -227,7 +228,7 @@ def _row(work: tuple[int, str, int, bool]) -> Row:
     arch, module, at, building = work
     name, start = module, time.perf_counter()
     try:
-        variant = next(itertools.islice(variants(module), at, None))
+        variant = list(variants(module))[at]
         name = variant.name
         found = cached(variant, arch)
         built = obtain(variant, arch) if building else found

@@ -6,6 +6,7 @@ hooks trace under torch.compile, and the same steps run eagerly, in a compiled g
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import aot, ops
 from .batches import Batch, Call
 from .control import Fault, Header, Source, Station
-from .errors import ArgumentError, CaptureError, LabelError, ShapeError, TokenError
+from .errors import ArgumentError, CaptureError, DeviceError, LabelError, ShapeError, TokenError
 from .forwards import in_backward, outside_autograd
 from .groups import Group
 from .hookpoints import token_ids
@@ -99,6 +100,9 @@ class Lane:
         self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._heard = self._word.numpy()  # the same memory, read without torch
         ops.LANES[self.handle] = self
+        if device.type == "cuda":
+            with contextlib.suppress(DeviceError):  # without Triton the reference serves
+                aot.attach(device)
 
     # --- a batch
 

@@ -1,10 +1,16 @@
-"""Tiny models: random weights in the shapes of the common families, and one whose tokens never mix."""
+"""Tiny models: random weights in the shapes of the common families, and one whose tokens never mix; a driver that only
+writes down how it was called."""
 
 import copy
+import ctypes
+import importlib.util
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -98,3 +104,73 @@ class Tokenwise(nn.Module):
 def tokenwise() -> Callable[..., Tokenwise]:
     """tokenwise(dim=5, blocks=2): a model whose tokens never mix, so that statistics can be compared bit for bit."""
     return Tokenwise
+
+
+class FakeDriver:
+    """tests/data/fake_driver.c in use; `library` has its own controls."""
+
+    cubin = b"\x7fELF" + bytes(60)
+    sizes: ClassVar = {
+        "i1": 1,
+        "u1": 1,
+        "i8": 1,
+        "u8": 1,
+        "i16": 2,
+        "i32": 4,
+        "fp32": 4,
+        "map": 128,
+    }  # bytes; all others have 8
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.library = path, ctypes.CDLL(str(path))
+        self.library.fake_log.restype = ctypes.c_char_p
+        self.expect()
+
+    def expect(self, words: str = "") -> None:
+        """Begin anew with kernels that take what the words say."""
+        given = [word for word in words.split() if word != "none" and word[0] != "="]
+        sizes = [self.sizes.get(word.split(":")[0], 8) for word in given]
+        self.library.fake_reset(len(sizes), (ctypes.c_int * 64)(*sizes))
+
+    @property
+    def log(self) -> list[str]:
+        return self.library.fake_log().decode().splitlines()
+
+    @property
+    def parameters(self) -> list[bytes]:
+        """Of the last launch."""
+        return [bytes.fromhex(word) for word in self.log[-1].split(" : ")[1].split()]
+
+
+@pytest.fixture(scope="session")
+def compiled_driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """compiled_driver(*flags, source=...): the path of a driver compiled with NVIDIA's header, which Triton ships."""
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc to compile a driver with")
+    folder = tmp_path_factory.mktemp("drivers")
+    header = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
+
+    def compiled(*flags: str, source: Path = Path(__file__).parent / "data" / "fake_driver.c") -> Path:
+        path = folder / f"lib{len(list(folder.iterdir()))}.so"
+        command = ["gcc", "-shared", "-fPIC", "-pthread", "-I", str(header), *flags, str(source), "-o", str(path)]
+        subprocess.run(command, check=True)
+        return path
+
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def driver_path(compiled_driver: Callable[..., Path]) -> Path:
+    return compiled_driver()
+
+
+@pytest.fixture
+def fake(driver_path: Path) -> Iterator[FakeDriver]:
+    """The launcher calls a driver that only writes down how it was called."""
+    from emocore import _C
+
+    assert _C.driver_open(str(driver_path))
+    driver = FakeDriver(driver_path)
+    yield driver
+    driver.library.fake_quiet(0)
+    _C.driver_open("")
