@@ -56,9 +56,9 @@ __device__ void produce(const Job& job, Shared shared, int rank) {
     for (int item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
         const Work work = work_of(item, rank, job.dim);
         int piece = lane - PIECES_PER_SLAB * (slabs * all_passes(PARTS) - PREFETCH_SLABS);
-        for (int first = 0; first < slabs; first += CHAIN_SLABS)
+        for (int first = 0; first < slabs; first += chain_slabs(PARTS))
             for (int pass = 0; pass < all_passes(PARTS); ++pass)
-                for (int slab = first; slab < min(first + CHAIN_SLABS, slabs); ++slab) {
+                for (int slab = first; slab < min(first + chain_slabs(PARTS), slabs); ++slab) {
                     wait(shared.empty(ring.stage), ring.parity ^ 1);
                     if (lane == 0) {
                         expect(shared.full(ring.stage), STAGE_BYTES);
@@ -127,9 +127,9 @@ __device__ void consume(const Job& job, Shared shared, int rank, int warpgroup) 
     Ring<STAGES> ring;
     for (int item = blockIdx.x / CLUSTER; item < items; item += gridDim.x / CLUSTER) {
         float total[SUMS] = {}, sums[SUMS] = {};  // of sums only to say that they die with the item
-        for (int first = 0; first < slabs; first += CHAIN_SLABS)
+        for (int first = 0; first < slabs; first += chain_slabs(PARTS))
             for (int kind = 0; kind < PARTS; ++kind) {
-                const int count = passes_of(kind) * min(CHAIN_SLABS, slabs - first);
+                const int count = passes_of(kind) * min(chain_slabs(PARTS), slabs - first);
                 for (int slab = 0; slab < count; ++slab) {
                     wait(shared.full(ring.stage), ring.parity);
                     const uint32_t stage = shared.stage(ring.stage);

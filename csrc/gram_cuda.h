@@ -9,7 +9,7 @@ constexpr int TILE = 128;                 // edge of a tile of the state, rows o
 constexpr int WIDTH = 192;                // columns of a macro tile
 constexpr int GROUP = 64;                 // columns of a box: 128 bytes of fp16, the width of the swizzle
 constexpr int DEPTH = 64;                 // rows of y in a slab, the unit of a pipeline stage
-constexpr int CHAIN_SLABS = 512 / DEPTH;  // slabs summed by the tensor cores before a promotion
+constexpr int CHAIN = 512;                // rows that the tensor cores sum before a promotion, half with two parts
 constexpr int LEFT = TILE / GROUP, RIGHT = WIDTH / GROUP, BOXES = LEFT + RIGHT;
 constexpr int BOX_BYTES = DEPTH * GROUP * 2, STAGE_BYTES = BOXES * BOX_BYTES;
 constexpr int STAGES = 5;
@@ -81,6 +81,7 @@ constexpr int64_t state_offset(int hook, int panel, int group, int dim) {
 // high high' (kind 0, pass 0), and with two parts high low' + low high' (kind 1, passes 1 and 2).
 
 constexpr int slabs_of(int block) { return ceil_div(block, DEPTH); }
+constexpr int chain_slabs(int parts) { return CHAIN / parts / DEPTH; }
 constexpr int passes_of(int kind) { return kind + 1; }
 constexpr int all_passes(int parts) { return parts * (parts + 1) / 2; }
 constexpr int left_part(int pass) { return pass == 2; }

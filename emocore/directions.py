@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from . import linalg, ops
+from . import linalg, ops, packing
 from .calibration import Calibration as Calibration
 from .calibration import StreamReference as StreamReference
 from .errors import ArgumentError, CalibrationError, FitError, LabelError, ShapeError, near
@@ -154,7 +154,10 @@ class Directions:
             raise ShapeError("x", expected=f"rows [..., {self.dim}]", got=list(x.shape))
         rows = x.reshape(-1, self.dim)
         scores: Tensor
-        if kind == "cosine":
+        prepared = torch.float64 not in (x.dtype, self.readers.dtype) and ops.has_kernel("project_packed", x.device)
+        if prepared:
+            scores = ops.project_packed(rows, *self.packed(x.device, x.dtype, kind), kind == "cosine")
+        elif kind == "cosine":
             scores = ops.project(rows, self.unit.to(x.device, self.readers.dtype), None, True)
         else:
             centre = None if kind == "raw" else self.centre.to(x.device)
@@ -163,6 +166,27 @@ class Directions:
             c = self.scale(tokens)
             scores = (scores - c.mean.to(scores)) / c.std.to(scores)
         return scores.reshape(*x.shape[:-1], len(self))
+
+    @cached_property
+    def _packs(self) -> dict[Any, packing.Packed]:
+        return {}
+
+    def packed(self, device: torch.device, dtype: torch.dtype, kind: str = "centered") -> packing.Packed:
+        """The readers of a kind of score as a GPU multiplies them with rows of `dtype`; made once for each.
+
+        In as few parts as keep their rounding below 1e-3 of the scores' spread, where a fit or a calibration with a
+        covariance has found how many, else in two.
+        """
+        kind = kind if kind in ("raw", "cosine") else "centered"
+        key = (device, dtype, kind)
+        if key not in self._packs:
+            found = (self.provenance.get("parts") or {}).get(str(dtype).removeprefix("torch."))
+            parts = packing.UNKNOWN_PARTS if kind == "cosine" or found is None else found
+            readers, centre = self.readers, self.centre if kind == "centered" else None
+            with torch.inference_mode(False):
+                made = packing.pack(self.unit if kind == "cosine" else readers, centre, dtype, parts)
+                self._packs[key] = packing.Packed(*(t.to(device) for t in made))
+        return self._packs[key]
 
     # --- calibrate
 
@@ -195,19 +219,21 @@ class Directions:
                     "reference: a stream needs a scale first", way_out="Calibrate on token Moments before."
                 )
             calibration = dataclasses.replace(calibration, stream=reference)
-        else:
-            calibration = self._measured(reference)
-        return dataclasses.replace(self, calibration=calibration)
+            return dataclasses.replace(self, calibration=calibration)
+        calibration, parts = self._measured(reference)
+        return dataclasses.replace(self, calibration=calibration, provenance={**self.provenance, "parts": parts})
 
-    def _measured(self, reference: Moments) -> Calibration:
+    def _measured(self, reference: Moments) -> tuple[Calibration, dict[str, int]]:
+        """The calibration, and in how many parts its rows let the readers be packed."""
         if not reference.keeps_covariance:
             raise CalibrationError("reference: only means", way_out="Use Moments(covariance=True).")
         if reference.dim != self.dim:
             raise CalibrationError("reference: width", expected=self.dim, got=reference.dim)
-        v = self.readers.double()
-        std = ((v @ reference.covariance()) * v).sum(1).clamp_min(0).sqrt()
+        v, c = self.readers.double(), reference.covariance()
+        std = ((v @ c) * v).sum(1).clamp_min(0).sqrt()
         mean = v @ (reference.mean - self.centre)
-        return Calibration(mean, std, reference.count, reference.tokens)
+        calibration = Calibration(mean, std, reference.count, reference.tokens)
+        return calibration, packing.parts_by_dtype(self.readers, c)
 
     # --- fit
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import linalg
+from . import linalg, packing
 from .errors import FitError, ShapeError
 from .moments import Moments
 
@@ -87,7 +87,8 @@ def derive(stories: Moments, neutral: Moments | None, scatter: Moments | None, r
     if recipe.method == "whitened":
         spread = _whitening_covariance(stories, neutral, scatter, recipe.whiten_by)
         readers = whiten(patterns, linalg.shrink(spread, recipe.shrinkage), recipe.rank)
-    readers, noise = _rounded(linalg.unit(readers)[0], [scatter, stories, neutral])
+    noisy = next((s.covariance() for s in (scatter, stories, neutral) if s is not None and s.keeps_covariance), None)
+    readers, noise = _rounded(linalg.unit(readers)[0], noisy)
     record = {
         **recipe.record(),
         "explained": share,
@@ -95,6 +96,7 @@ def derive(stories: Moments, neutral: Moments | None, scatter: Moments | None, r
         "confounds_reach": reached,
         "rows": stories.count,
         "reader_noise": noise,
+        "parts": None if noisy is None else packing.parts_by_dtype(readers, noisy),
     }
     return Fitted(patterns, readers, centre, residual, record)
 
@@ -176,16 +178,14 @@ def _whitening_covariance(stories: Moments, neutral: Moments | None, scatter: Mo
     return source.within_scatter() / freedom
 
 
-def _rounded(readers: Tensor, sources: Sequence[Moments | None]) -> tuple[Tensor, float | None]:
+def _rounded(readers: Tensor, c: Tensor | None) -> tuple[Tensor, float | None]:
     """Readers in float32, or in float64 where rounding would add noise sqrt(e'Ce) above 1e-3 of sqrt(v'Cv).
 
-    C is the covariance of the first of `sources` that keeps one; without any the noise is not known.
+    C is a covariance of rows; without one the noise is not known.
     """
     single = readers.float()
-    source = next((s for s in sources if s is not None and s.keeps_covariance), None)
-    if source is None:
+    if c is None:
         return single, None
-    c = source.covariance()
     error = readers - single.double()
     noise = ((error @ c) * error).sum(1).clamp_min(0).sqrt()
     spread = ((readers @ c) * readers).sum(1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()

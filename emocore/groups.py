@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .linalg import tile_count
-from .precision import TILE
+from .precision import TILE, device_chain
 from .sums import Sums
 
 WORKSPACE = 1 << 30  # most bytes of converted rows at once
@@ -109,7 +109,7 @@ class Group:
                 y,
                 self.overrange[part],
             )
-            step("fold_gram", y, cursor, block, self.exponent[part], self.tiles[part])
+            step("fold_gram", y, cursor, block, self.exponent[part], self.tiles[part], device_chain(self.dtype))
         step("sort_labels", self.label_ids, cursor, block, self.order, self.starts)
         step(
             "fold_labels",

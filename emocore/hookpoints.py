@@ -216,7 +216,7 @@ def read_output(output: Any) -> Tensor:
             "hook point: the hidden state is sharded over ranks",
             expected="a tensor that every rank holds whole",
             got=placements,
-            way_out="Choose a module whose output is gathered, such as a transformer block without sequence parallelism.",
+            way_out="Choose a module whose output is gathered: a block, without sequence parallelism.",
         )
     local: Tensor = hidden.to_local()  # type: ignore[attr-defined]
     return local

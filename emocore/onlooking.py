@@ -1,4 +1,4 @@
-"""Onlooking: a monitor's forward on the device: rows of all hook points scored at once, and their sequences advanced."""
+"""Onlooking: a monitor's forward on the device: the rows of all hook points scored at once, sequences advanced."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Onlooker:
             self._place(batch, list(map(str, batch.requests)))
 
     def begin(self, batch: Batch | None, plan: Plan, past: int, recording: bool) -> None:
-        """Name the sequences of a forward: those of its batch, else the rows of the one before where a cache goes on."""
+        """Name the sequences of a forward: those of its batch, else the rows of the last one where a cache goes on."""
         if recording or (batch is not None and batch is self._batch):
             return
         if batch is not None and batch.requests is not None:
@@ -115,8 +115,8 @@ class Onlooker:
             self._project(slice(0, 1), slice(m, m + 1), plan, rule)
 
     def commit(self, plan: Plan, rule: int, before: Tensor, now: Tensor) -> None:
-        """Score what was staged, all hook points at once, and advance the sequences, if the forward was committed: there
-        were `before` such forwards [], and are `now`."""
+        """Score what was staged, all hook points at once, and advance the sequences, if the forward was committed:
+        there were `before` such forwards [], and are `now`."""
         self._number.copy_(now)
         torch.sub(now, before, out=self._whole[0])
         if self.abreast:

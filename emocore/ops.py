@@ -98,8 +98,10 @@ TRITON = {  # op or step: its file in kernels/
     "commit": "forward",
     "freeze": "convert",
     "convert": "convert",
+    "gram": "gram",
+    "fold_gram": "gram",
     "sort_labels": "sorting",
-    "fold_labels": "label_sums",
+    "fold_labels": "folding",
     "settle": "settle",
     "stage": "staging",
     "label_sums": "label_sums",
@@ -111,7 +113,7 @@ TRITON = {  # op or step: its file in kernels/
     "steer_rows_": "steer_sets",
     "steer_when": "steer_sets",
     "steer_when_": "steer_sets",
-    "steer_slots": "steer_sets",
+    "steer_slots": "steer_slots",
     "project": "project",
     "project_packed": "project",
     "project_rows": "project",
@@ -138,6 +140,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "commit": reference_steps.commit_ref,
     "freeze": reference.freeze_ref,
     "convert": reference.convert_ref,
+    "fold_gram": reference.fold_gram_ref,
     "sort_labels": reference.sort_labels_ref,
     "fold_labels": reference.fold_labels_ref,
     "settle": reference.settle_ref,
@@ -147,13 +150,21 @@ STEPS: dict[str, Callable[..., Any]] = {
 
 def step(name: str, device: torch.device) -> Callable[..., Any]:
     """The implementation of a step for tensors on `device`."""
-    wanted = _forced == "triton" or (_forced is None and device.type == "cuda" and _has_kernels(device))
-    return (_triton(name) if wanted else None) or STEPS[name]
+    return (_triton(name) if _by_kernels(device) else None) or STEPS[name]
+
+
+def has_kernel(name: str, device: torch.device) -> bool:
+    """Whether a GPU kernel serves an op or step for tensors on `device`."""
+    return _by_kernels(device) and _triton(name) is not None
+
+
+def _by_kernels(device: torch.device) -> bool:
+    return _forced == "triton" or (_forced is None and device.type == "cuda" and _has_kernels(device))
 
 
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether a GPU is one that the kernels are made for: NVIDIA's sm_80 or later; others are served by the reference."""
+    """Whether the kernels are made for a GPU: NVIDIA's, sm_80 or later; the reference serves others."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -229,8 +240,7 @@ def _cpu(op: str) -> Callable[..., Any]:
 
 def _cuda(op: str) -> Callable[..., Any]:
     def serve(*args: Any) -> Any:
-        wanted = _forced == "triton" or (_forced is None and _has_kernels(args[0].device))
-        return ((_triton(op) if wanted else None) or REFERENCE[op])(*args)
+        return ((_triton(op) if _by_kernels(args[0].device) else None) or REFERENCE[op])(*args)
 
     return serve
 

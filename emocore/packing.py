@@ -59,5 +59,10 @@ def parts_for(readers: Tensor, covariance: Tensor, dtype: torch.dtype) -> int:
     return MOST_PARTS
 
 
+def parts_by_dtype(readers: Tensor, covariance: Tensor) -> dict[str, int]:
+    """The same for rows of either 16-bit dtype, by its name."""
+    return {name: parts_for(readers, covariance, getattr(torch, name)) for name in ("bfloat16", "float16")}
+
+
 def _spread(v: Tensor, covariance: Tensor) -> Tensor:
     return ((v @ covariance) * v).sum(1).clamp_min(0).sqrt()

@@ -23,7 +23,7 @@ from .errors import ArgumentError
 CHAIN = 256  # consecutive rows summed in the input's accumulator
 BLOCK_CHAINS = 32  # chains summed in order before they go to float64
 BLOCK_ROWS = CHAIN * BLOCK_CHAINS
-DEVICE_CHAIN = 512  # consecutive rows summed in a tensor core's float32
+DEVICE_CHAIN = 512  # most consecutive rows summed in a tensor core's float32, and a divisor of every block there
 DEVICE_BLOCK_ROWS = DEVICE_CHAIN * BLOCK_CHAINS
 FREEZE_ROWS = 512  # fewest committed rows a shift may be frozen from
 TILE = 128  # edge of the square tiles that hold the lower triangle of a scatter
@@ -52,6 +52,14 @@ def check_dtype(dtype: torch.dtype, argument: str = "x") -> torch.dtype:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which rows of `dtype` are multiplied on the CPU."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def device_chain(dtype: torch.dtype) -> int:
+    """Consecutive rows that a tensor core sums in float32, by the rows' dtype.
+
+    Hopper keeps 25 bits of a product: most of two 8-bit numbers, but not those of two 11-bit ones (docs/gpu.md).
+    """
+    return DEVICE_CHAIN if dtype == torch.bfloat16 else DEVICE_CHAIN // 2
 
 
 def held(dtype: torch.dtype) -> torch.dtype:

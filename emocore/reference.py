@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .linalg import pack_tiles
+from .precision import DEVICE_CHAIN
 
 
 def stage_ref(x: Tensor, index: Tensor | None, rows: Tensor, norms: Tensor, finite: Tensor) -> None:
@@ -239,6 +240,23 @@ def convert_ref(
         overrange[s] += lost.sum()
 
 
+def fold_gram_ref(
+    y: Tensor, cursor: Tensor, block: int, exponent: Tensor, tiles: Tensor, chain: int = DEVICE_CHAIN
+) -> None:
+    """Lower tiles of each hook point += 2^(k_i + k_j) sum y_i y_j over a full block y [S, P, block, D].
+
+    Two parts are y = y_0 + y_1 2^-11, without the product of the two y_1.
+    """
+    if block_of(cursor, block, block) is None:
+        return
+    for part, k, mine in zip(y.double(), exponent, tiles, strict=True):
+        gram = part[0].T @ part[0]
+        if len(part) == 2:
+            cross = part[0].T @ part[1]
+            gram += (cross + cross.T) * 2.0**-11
+        mine += pack_tiles(torch.ldexp(gram, k[:, None] + k))
+
+
 def sort_labels_ref(labels: Tensor, cursor: Tensor, block: int, order: Tensor, starts: Tensor) -> None:
     """order [block]: a full block's rows by label, stable, those of no label 0 .. K - 1 last; starts [K + 2]: how many
     come before each label, before those of none, and in all.
@@ -283,7 +301,7 @@ def fold_labels_ref(
 def settle_ref(
     norms: Tensor, marks: Tensor, cursor: Tensor, block: int, frozen: Tensor, norm_sum: Tensor, norm_count: Tensor
 ) -> None:
-    """norm_sum, norm_count [S] of a full block's rows that are marked 2; then all are frozen and the block is drained."""
+    """norm_sum, norm_count [S] of a full block's rows that are marked 2; then all are frozen, the block is drained."""
     at = block_of(cursor, block, norms.shape[1])
     if at is None:
         return

@@ -6,6 +6,8 @@ int32, one for each N / M rows in a row. Tables have one entry a slot, and slot 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def pool_scores_ref(scores: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     edges = starts.tolist()
     shape = (len(edges) - 1, scores.shape[1])
     largest, mean = (torch.full(shape, torch.nan, device=scores.device) for _ in range(2))
-    for b, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for b, (first, end) in enumerate(pairwise(edges)):
         if end > first:
             largest[b], mean[b] = scores[first:end].amax(0), scores[first:end].double().mean(0)
     return largest.where(mean == mean, torch.nan), mean

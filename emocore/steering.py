@@ -1,125 +1,57 @@
 """Steering: add, ablate or clamp directions in a module's output, in the forward pass.
 
-Directions are not orthogonal. With unit patterns V [R, D]: ablate is x - QQ'x for an orthonormal basis Q of their
-span; clamp is x + (c - Vx) (VV')^+ V, so that every clamped score is c at once. Order within a hook point: ablate,
-clamp, add. Hooks run in the order they were opened: a capture or monitor opened inside a `with steer(...)` sees the
-steered state of that hook point, one opened around it the state before.
+Order within a hook point: ablate, clamp, add. Hooks run in the order they were opened: a capture or monitor opened
+inside a `with steer(...)` sees the steered state of that hook point, one opened around it the state before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import linalg, ops
 from .directions import Directions, placed
-from .errors import ArgumentError, ShapeError
+from .edits import Request
+from .errors import ArgumentError, LabelError, ShapeError, near
 from .hookpoints import read_output, replace_output
+from .tables import Edits, Slots
 
-UNITS = ("residual_norm", "absolute")
-REFERENCES = ("zero", "baseline")
-SAME = 1e-10  # eigenvalues of VV' below this of the largest belong to directions that are one
-
-
-class Edit:
-    """What is done to the hidden state at one hook point; built once, applied to [..., D] of any float dtype."""
-
-    def __init__(
-        self,
-        vectors: Directions,
-        *,
-        add: Mapping[str, float],
-        ablate: Sequence[str],
-        clamp: Mapping[str, float],
-        unit: str = "residual_norm",
-        to: str = "zero",
-    ) -> None:
-        scale = vectors.mean_norm if unit == "residual_norm" else 1.0
-        centre = vectors.centre if to == "baseline" else torch.zeros_like(vectors.centre)
-        self.dim = vectors.dim
-        self._sets: list[tuple[Tensor, Tensor, Tensor]] = []  # basis [R, D], dual [R, D], target [R]
-        self._delta: Tensor | None = None  # [D]
-        self._moved: dict[tuple[torch.device, torch.dtype], tuple[Any, Tensor | None]] = {}
-        if ablate:
-            q = linalg.orthonormal_span(vectors[ablate].unit)
-            self._sets.append((q, q, q @ centre))
-        if clamp:
-            v = vectors[list(clamp)].unit
-            value = scale * torch.tensor(list(clamp.values()), dtype=torch.float64)
-            inverse = torch.linalg.pinv(v @ v.T, hermitian=True, rtol=SAME)
-            _check_reachable(v @ v.T @ inverse @ value, value, list(clamp))
-            self._sets.append((v, inverse @ v, value + v @ centre))
-        pushes = {name: s for name, s in add.items() if s != 0}
-        if pushes:
-            strength = scale * torch.tensor(list(pushes.values()), dtype=torch.float64)
-            self._delta = strength @ vectors[list(pushes)].unit
-
-    @property
-    def adds_only(self) -> bool:
-        """Whether it may act in place: nothing is read before it is written."""
-        return not self._sets and self._delta is not None
-
-    def __call__(self, hidden: Tensor, in_place: bool = False) -> Tensor:
-        """The edited hidden state; the very tensor where nothing is to be done, or all was done in place.
-
-        `in_place` needs a contiguous tensor that nobody else reads. Raises ShapeError.
-        """
-        if hidden.shape[-1] != self.dim:
-            raise ShapeError("steer: width of the hidden state", expected=self.dim, got=hidden.shape[-1])
-        sets, delta = self._at(hidden)
-        if delta is not None and in_place and not sets:
-            ops.steer_add_(hidden.view(-1, self.dim), delta)
-            torch.autograd.graph.increment_version(hidden)
-            return hidden
-        x = rows = hidden.reshape(-1, self.dim)
-        for basis, dual, target in sets:
-            x = ops.steer_set(x, basis, dual, target)
-        if delta is not None:
-            x = ops.steer_add(x, delta)
-        return hidden if x is rows else x.reshape(hidden.shape)
-
-    def _at(self, x: Tensor) -> tuple[Any, Tensor | None]:
-        """Sets and delta on x's device; the delta as float32, or as float64 for float64 rows."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = (x.device, wide)
-        if key not in self._moved:
-            # a model may be run in inference mode first and trained afterwards
-            with torch.inference_mode(False), torch.no_grad():
-                sets = [tuple(t.to(x.device) for t in one) for one in self._sets]
-                delta = None if self._delta is None else self._delta.to(x.device, wide)
-                self._moved[key] = (sets, delta)
-        return self._moved[key]
-
-
-def _check_reachable(reached: Tensor, value: Tensor, names: list[str]) -> None:
-    off = (reached - value).abs() > 1e-6 * value.abs().max()
-    if bool(off.any()):
-        raise ArgumentError(
-            "clamp: the same direction under several names cannot have several scores",
-            got=[name for name, bad in zip(names, off.tolist(), strict=True) if bad],
-            way_out="Clamp one of them.",
-        )
+MOST_ROWS = 65536  # sequences, or tokens of a packed batch, whose slots there is memory for
 
 
 class Steering:
     """Open steering of one model; made by `steer`, removed at the end of its `with` block."""
 
-    def __init__(self, model: nn.Module, edits: Mapping[str, Edit]) -> None:
-        self.model, self.edits = model, edits
+    def __init__(
+        self,
+        model: nn.Module,
+        places: Mapping[str, Directions],
+        requests: Mapping[str | None, Request],
+        max_rows: int = MOST_ROWS,
+    ) -> None:
+        self.model = model
+        self._requests = dict(requests)
+        self._slots = Slots(max_rows)
+        self._in_batch = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        given, slots = list(requests.values()), None if None in requests else self._slots
+        self.edits = {name: Edits(vectors, given, slots) for name, vectors in places.items()}
 
     def __enter__(self) -> Steering:
         if self._handles:
             raise ArgumentError("steer: this steering is open already", way_out="Call steer(...) again for a second.")
-        weights = {_address(t) for t in [*self.model.parameters(), *self.model.buffers()]}
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        weights = {_address(t) for t in tensors}
         modules = dict(self.model.named_modules())
-        for name, edit in self.edits.items():
-            hook = _editor(edit, weights)
+        for name, edits in self.edits.items():
+            like = next(modules[name].parameters(), tensors[0] if tensors else None)
+            if like is not None:
+                edits.place(like.device, like.dtype)
+            hook = _editor(edits, weights)
             self._handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -128,12 +60,96 @@ class Steering:
             handle.remove()
         self._handles = []
 
+    @contextlib.contextmanager
+    def batch(self, requests: Sequence[str | None], cu_seqlens: Tensor | None = None) -> Iterator[None]:
+        """The forwards inside edit each sequence as its request says, and leave one of None as it is, bit for bit.
 
-def _editor(edit: Edit, weights: set[int]) -> Any:
+        requests: one a sequence, in the order of the batch; of a packed batch with its bounds `cu_seqlens` [B + 1].
+        They are filled into fixed memory: a CUDA graph replays with those of the batch it is replayed in.
+        Raises ArgumentError, LabelError or ShapeError.
+        """
+        slots = self._slots_of(requests, cu_seqlens)
+        if self._in_batch:
+            raise ArgumentError("batch: one is open already", way_out="A steering has one batch at a time.")
+        self._fill(slots)
+        self._in_batch = True
+        try:
+            yield
+        finally:
+            self._fill(None)
+            self._in_batch = False
+
+    def _fill(self, slots: Tensor | None) -> None:
+        self._slots.fill(slots)
+        for edits in self.edits.values():
+            edits.look()
+
+    def _slots_of(self, requests: Sequence[str | None], cu_seqlens: Tensor | None) -> Tensor:
+        place: dict[str | None, int] = {name: i for i, name in enumerate(self._requests, 1)}
+        if None in place:
+            raise ArgumentError("batch: every sequence is steered alike", way_out="Give steer(requests={...}).")
+        for name in requests:
+            if name is not None and name not in place:
+                raise LabelError(f"request {name!r}: unknown", way_out=near(name, [str(n) for n in place]))
+        slots = torch.tensor([0 if name is None else place[name] for name in requests], dtype=torch.int32)
+        if cu_seqlens is None:
+            return slots
+        lengths = cu_seqlens.diff().cpu()
+        if len(lengths) != len(slots):
+            raise ShapeError("requests: of a packed batch", expected=f"{len(lengths)}, one a sequence", got=len(slots))
+        return slots.repeat_interleave(lengths)
+
+    def change(
+        self,
+        *,
+        add: Mapping[str, float] | None = None,
+        ablate: str | Sequence[str] = (),
+        clamp: Mapping[str, float] | None = None,
+        when: Mapping[str, float] | None = None,
+        requests: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """From the next forward on do this instead, or for these of the requests; units and references stay.
+
+        It is filled into the memory of what it replaces where it sets as many directions: neither a compiled model nor
+        a CUDA graph notices. Raises what `steer` raises.
+        """
+        first = next(iter(self._requests.values()))
+        new = _requests(add, ablate, clamp, when, requests, first.unit, first.to)
+        for name in new:
+            if name not in self._requests:
+                raise ArgumentError(
+                    "change: this steering has no such request", got=name, expected=list(self._requests)
+                )
+        self._requests |= new
+        for edits in self.edits.values():
+            edits.fill(list(self._requests.values()))
+
+
+def _requests(
+    add: Mapping[str, float] | None,
+    ablate: str | Sequence[str],
+    clamp: Mapping[str, float] | None,
+    when: Mapping[str, float] | None,
+    requests: Mapping[str, Mapping[str, Any]] | None,
+    unit: str,
+    to: str,
+) -> dict[str | None, Request]:
+    """The requests by name, or the one without a name."""
+    if requests is None:
+        return {None: Request(add or {}, ablate, clamp or {}, when or {}, unit, to)}
+    if add or ablate or clamp or when:
+        raise ArgumentError("requests: beside an edit of every row", way_out="Give each edit under a name of its own.")
+    if not requests:
+        raise ArgumentError("requests: an empty mapping", way_out="Give at least one.")
+    return {name: Request.of(name, given, unit=unit, to=to) for name, given in requests.items()}
+
+
+def _editor(edits: Edits, weights: set[int]) -> Any:
     def act(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = read_output(output)
-        free = edit.adds_only and _is_free(hidden, weights, (args, kwargs, output))
-        edited = edit(hidden, in_place=free)
+        # a compiler sees to memory itself
+        free = not torch.compiler.is_compiling() and not edits.nothing
+        edited = edits(hidden, in_place=free and _is_free(hidden, weights, (args, kwargs, output)))
         return None if edited is hidden else replace_output(output, edited)
 
     return act
@@ -172,16 +188,22 @@ def steer(
     add: Mapping[str, float] | None = None,
     ablate: str | Sequence[str] = (),
     clamp: Mapping[str, float] | None = None,
+    when: Mapping[str, float] | None = None,
+    requests: Mapping[str, Mapping[str, Any]] | None = None,
     unit: str = "residual_norm",
     to: str = "zero",
+    max_rows: int = MOST_ROWS,
 ) -> Steering:
     """Steer every token along named directions while the `with` block runs the model.
 
     add: {name: strength}, in fractions of the mean residual norm (`unit="absolute"`: in activation units) along the
     unit pattern. ablate: names whose span is removed, or set to the centre's with `to="baseline"`. clamp: {name: score}
-    along the unit pattern, in the same unit, from zero or from the baseline. A mapping steers each of its hook points
-    at full strength. Strength 0 is bit-exact. Raises ArgumentError, HookPointError, LabelError; ShapeError at a
-    forward.
+    along the unit pattern, in the same unit, from zero or from the baseline. when: {name: level}: only tokens whose
+    score exceeds its level, of each of these names; scores before the edit, z where the vectors are calibrated, else
+    centred. requests: {name: {"add": ..., "ablate": ..., "clamp": ..., "when": ...}}, of which `Steering.batch` says
+    which sequence has which; at most `max_rows` of them, or tokens of a packed batch.
+    A mapping of vectors steers each of its hook points at full strength. Strength 0 is bit-exact. Raises ArgumentError,
+    HookPointError, LabelError; ShapeError at a forward.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
     >>> up = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
@@ -190,22 +212,11 @@ def steer(
     >>> with torch.no_grad(), steer(model, v, add={"up": 0.5}):
     ...     model(torch.zeros(1, 2))
     tensor([[0., 2.]])
+    >>> with torch.no_grad(), steer(model, v, requests={"higher": {"add": {"up": 1.0}}}) as steering:
+    ...     with steering.batch(requests=[None, "higher"]):
+    ...         model(torch.zeros(2, 2))
+    tensor([[0., 0.],
+            [0., 4.]])
     """
-    add, clamp = add or {}, clamp or {}
-    ablate = [ablate] if isinstance(ablate, str) else list(dict.fromkeys(ablate))
-    if not add and not ablate and not clamp:
-        raise ArgumentError("steer: nothing to do", way_out="Give add=, ablate= or clamp=.")
-    for argument, value, known in (("unit", unit, UNITS), ("to", to, REFERENCES)):
-        if value not in known:
-            raise ArgumentError(argument, expected=" or ".join(map(repr, known)), got=repr(value))
-    both = sorted(set(ablate) & set(clamp))
-    if both:
-        raise ArgumentError("ablate, clamp: a direction is in both", got=both)
-    for name, strength in [*add.items(), *clamp.items()]:
-        if not math.isfinite(strength):
-            raise ArgumentError(f"add, clamp: {name!r}", expected="a finite number", got=strength)
-    edits = {
-        name: Edit(directions, add=add, ablate=ablate, clamp=clamp, unit=unit, to=to)
-        for name, directions in placed(model, vectors).items()
-    }
-    return Steering(model, edits)
+    asked = _requests(add, ablate, clamp, when, requests, unit, to)
+    return Steering(model, placed(model, vectors), asked, max_rows)

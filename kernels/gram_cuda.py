@@ -11,7 +11,10 @@ from ._launch import current_stream
 HANDLES: dict[tuple[int, int], int] = {}  # of the driver, by device and parts of y
 
 
-def fold_gram(y: Tensor, cursor: Tensor, block: int, exponent: Tensor, tiles: Tensor) -> bool:
+CHAIN = 512  # rows; half with two parts
+
+
+def fold_gram(y: Tensor, cursor: Tensor, block: int, exponent: Tensor, tiles: Tensor, chain: int = CHAIN) -> bool:
     """tiles [S, T, 128, 128] += the lower tiles of the block y [S, P, block, D] (docs/gpu.md); False where it cannot.
 
     It needs D divisible by 8 and 16-byte alignment.
@@ -19,7 +22,7 @@ def fold_gram(y: Tensor, cursor: Tensor, block: int, exponent: Tensor, tiles: Te
     hooks, parts, _, dim = y.shape
     device = y.get_device()
     handle = HANDLES.get((device, parts))
-    if handle is None or dim % 8 or not y.is_contiguous() or y.data_ptr() % 16:
+    if handle is None or chain * parts != CHAIN or dim % 8 or not y.is_contiguous() or y.data_ptr() % 16:
         return False
     driver = native.extension()
     grid = driver.gram_cuda_grid(hooks, dim, _multiprocessors(device))

@@ -11,13 +11,13 @@ ROOT = Path(__file__).parent.parent / "emocore"
 
 # One line a floor; within a line a module may import only those before it.
 FLOORS = [
-    ["errors", "precision", "control", "labels", "hookpoints", "linalg", "publishing", "formats"],
-    ["reference", "reference_steps", "kernels", "_C", "native"],
+    ["errors", "precision", "control", "labels", "hookpoints", "linalg", "packing", "publishing", "formats"],
+    ["reference", "reference_steps", "reference_steering", "kernels", "_C", "native"],
     ["ops", "aot"],
     ["tokens", "ledger", "blocks", "sums", "groups", "plans", "pooling", "calibration"],
     ["readout", "moments", "rows", "sinks", "batches", "forwards", "lanes", "resident", "capturing"],
     ["verifying", "fitting", "directions"],
-    ["steering"],
+    ["edits", "tables", "steering"],
     ["alarms", "tracking", "watching", "onlooking", "monitoring", "store"],
     ["emotions", "integrations"],
     ["demo", "cli", "__main__", "__init__"],

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from emocore.precision import device_chain
 from emocore.reference import convert_ref, freeze_ref
 
 from .emulation import Array, chain, gram
 
-CHAIN = 256  # rows that are summed in one accumulator
+CHAIN = device_chain(torch.float32)  # rows that are summed in one accumulator
 BLOCK = 16_384  # rows whose chains are summed in float32
 BOUND, CORRELATION_BOUND = 2e-6, 5e-6
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

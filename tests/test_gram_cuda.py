@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from emocore.linalg import pack_tiles, tile_count
-from emocore.precision import DEVICE_BLOCK_ROWS, DEVICE_CHAIN
+from emocore.precision import DEVICE_BLOCK_ROWS, device_chain
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -133,7 +133,8 @@ def test_state_offset_passes_32_bits(gram: Gram) -> None:
 
 
 def test_chains_are_those_of_the_contract(gram: Gram) -> None:
-    assert gram.CHAIN_SLABS * gram.DEPTH == DEVICE_CHAIN
+    assert device_chain(torch.bfloat16) == gram.CHAIN
+    assert device_chain(torch.float32) == gram.CHAIN // 2
     assert gram.slabs_of(DEVICE_BLOCK_ROWS) * gram.DEPTH == DEVICE_BLOCK_ROWS
     assert [gram.slabs_of(n) for n in (1, 64, 65)] == [1, 1, 2]
 

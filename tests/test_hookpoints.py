@@ -249,5 +249,5 @@ def test_a_tensor_that_every_rank_holds_is_read_and_written_whole(mesh) -> None:
     replaced, _ = replace_output((whole, None), read + 1)
     assert isinstance(replaced, DTensor)
     assert replaced.to_local().tolist() == [[[2.0, 2.0, 2.0]] * 2]
-    with pytest.raises(HookPointError, match="sharded over ranks.*gathered"):
+    with pytest.raises(HookPointError, match="sharded over ranks"):
         read_output(DTensor.from_local(torch.ones(1, 2, 3), mesh, [Shard(2)]))

@@ -57,7 +57,7 @@ extern "C" void emulate(const uint16_t* y, const int32_t* exponent, const int64_
 #define CONSTANT(name) extern "C" const int constant_##name = gram::name;
 CONSTANT(WIDTH)
 CONSTANT(DEPTH)
-CONSTANT(CHAIN_SLABS)
+CONSTANT(CHAIN)
 CONSTANT(RIGHT)
 CONSTANT(BOXES)
 CONSTANT(BOX_BYTES)
