@@ -24,7 +24,7 @@ from .forwards import in_backward, outside_autograd
 from .groups import Group
 from .hookpoints import token_ids
 from .moments import Moments
-from .plans import Plan, Plans
+from .plans import Plan, Plans, recording, refuse_while_recording
 from .pooling import DevicePool
 from .sinks import Binding
 
@@ -126,7 +126,7 @@ class Lane:
             assert ids is not None
             flat = ids.reshape(-1)
             if names not in self._labels or len(self._labels[names]) < len(flat):
-                self._check_recording("labels")
+                refuse_while_recording(self.device, "labels")
                 self._labels[names] = torch.full((len(flat),), -1, dtype=torch.int32, device=self.device)
             self._labels[names][: len(flat)].copy_(flat, non_blocking=True)
             # a packed batch [N] is told from one label a sequence by its length
@@ -190,12 +190,11 @@ class Lane:
         ops.step("begin", self.device)(
             plan, mask, ids, past if past_at is None else past_at, -1 if written is None else written
         )
-        recording = self._recording()
         for seat in self._onlookers:
             if not seat.onlooker.fits(plan):
-                self._check_recording("rows")
+                refuse_while_recording(self.device, "rows")
                 seat.onlooker.reserve(plan, self._row_dtype)
-            seat.onlooker.begin(self._current(), plan, past, recording)
+            seat.onlooker.begin(self._current(), plan, past, recording(self.device))
         self._open = Open(plan, call, thread)
         self._sequences = plan.sequences
 
@@ -236,7 +235,7 @@ class Lane:
                 continue
             group = self._group(at, flat)
             if group.room_for(plan.positions) > group.capacity:
-                self._check_recording("rows")
+                refuse_while_recording(self.device, "rows")
                 group.reserve(plan.positions)
             i = seat.index
             self._stage_rows(flat, at, plan, group.cursor, group.rows[i], group.marks[i], group.norms[i])
@@ -289,14 +288,14 @@ class Lane:
         if batch is not None:
             batch.advance(call, None)
         elif pools:
-            self._check_recording("pooled rows of a forward outside tap.batch")
+            refuse_while_recording(self.device, "pooled rows of a forward outside tap.batch")
             self.close(Batch(), True)
 
     def _stage_pool(self, seat: Seat, at: int, flat: Tensor, plan: Plan) -> None:
         """Sum the kept positions by sequence, beside what earlier forwards of the batch brought."""
         pool = seat.pool
         if pool is None or pool.sequences < plan.sequences:
-            self._check_recording("sequences")
+            refuse_while_recording(self.device, "sequences")
             kind = seat.binding.rule.pool
             assert kind is not None
             pool = seat.pool = DevicePool(kind, plan.sequences, flat.shape[1], self.device)
@@ -329,11 +328,8 @@ class Lane:
         if self._open is not None and (every or self._open.thread == threading.get_ident()):
             self._open = None
 
-    def _recording(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
     def _drain(self, positions: int) -> None:
-        self._recorded |= self._recording()
+        self._recorded |= recording(self.device)
         for i, group in enumerate(self.groups):
             self._bound[i] += positions
             for _ in range(group.most_blocks(positions)):
@@ -350,7 +346,7 @@ class Lane:
         """The group of a hook point and sink, made with its kin at the first row."""
         seat = self.seats[at]
         if seat.group is None:
-            self._check_recording(f"hook point {seat.binding.hook_point!r}")
+            refuse_while_recording(self.device, f"hook point {seat.binding.hook_point!r}")
             if flat.dtype not in (torch.bfloat16, torch.float16, torch.float32):
                 raise ArgumentError(
                     f"hook point {seat.binding.hook_point!r}: dtype of the rows",
@@ -381,13 +377,6 @@ class Lane:
         sink = self.seats[at].binding.sink
         assert isinstance(sink, Moments)
         return sink
-
-    def _check_recording(self, what: str) -> None:
-        if self._recording():
-            raise CaptureError(
-                f"{what}: memory is needed that was not there before, and a graph is being recorded",
-                way_out="Run one forward of the largest shape before recording.",
-            )
 
     def _check_sizes(self, batch: Batch, plan: Plan) -> None:
         if batch.requests is not None and len(batch.requests) != plan.sequences:

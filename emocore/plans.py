@@ -52,6 +52,20 @@ class Plan:
     optional: Tensor
 
 
+def recording(device: torch.device) -> bool:
+    """Whether what is launched now is recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_while_recording(device: torch.device, what: str) -> None:
+    """Raise CaptureError where memory must grow while a graph is recorded, which would be replayed without it."""
+    if recording(device):
+        raise CaptureError(
+            f"{what}: more than there is memory for, and a graph is being recorded",
+            way_out="Run one forward of the largest shape before recording.",
+        )
+
+
 class Plans:
     """The memory of every plan of a lane, grown while nothing is recorded."""
 
@@ -109,7 +123,7 @@ class Plans:
                     table[r, b, p] = torch.tensor(span)
         room = None if self._spans is None else self._spans.shape[1:3]
         if room is None or room[0] < table.shape[1] or room[1] < table.shape[2]:
-            self._check_free("spans")
+            refuse_while_recording(self.device, "spans")
             self._spans = torch.zeros(table.shape, dtype=torch.int32, device=self.device)
             self._plans.clear()
         assert self._spans is not None
@@ -133,17 +147,10 @@ class Plans:
             if rule.span and spans is not None and len(spans) != sequences:
                 raise ShapeError("spans", expected=f"{sequences} mappings, one a sequence", got=len(spans))
 
-    def _check_free(self, what: str) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise CaptureError(
-                f"{what}: more than there is memory for, and a graph is being recorded",
-                way_out="Run one forward of the largest shape before recording.",
-            )
-
     def _reserve(self, sequences: int, positions: int) -> None:
         """Room for so many; what `seen` holds is kept."""
         if sequences > self._sequences:
-            self._check_free("sequences")
+            refuse_while_recording(self.device, "sequences")
             self._sequences = max(sequences, 2 * self._sequences)
             r, b = len(self.rules), self._sequences
             seen = torch.zeros(b, dtype=torch.int32, device=self.device)
@@ -154,7 +161,7 @@ class Plans:
             self._bounds = torch.zeros(b + 1, dtype=torch.int32, device=self.device)
             self._plans.clear()
         if positions > self._positions:
-            self._check_free("positions")
+            refuse_while_recording(self.device, "positions")
             self._positions = positions
             self._rank, self._sequence = torch.zeros(2, positions, dtype=torch.int32, device=self.device)
             self._dest = torch.full((len(self.rules), positions), -1, dtype=torch.int32, device=self.device)

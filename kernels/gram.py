@@ -265,7 +265,7 @@ def gram(rows: Tensor, weights: Tensor | None, shift: Tensor, tiles: Tensor) -> 
 
 
 def variants() -> Iterator[Variant]:
-    """Widths of multiples of 16 and others, one fp16 part and two, chains of bfloat16 rows and others; then the parts of
+    """Widths of multiples of 16 and others, by fp16 parts and by chains of bfloat16 rows and others; then the parts of
     tiles that were cut."""
     held = {"cursor_ptr": "*i64:16", "tiles_ptr": "*fp64:16", "parts_ptr": "*fp32:16"}
     ends = dict.fromkeys(("wanted", "whole", "cut", "workers"), "i32")

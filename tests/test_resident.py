@@ -392,6 +392,32 @@ def test_what_cannot_stay_on_the_device_says_so(tokenwise) -> None:
         capture(tokenwise().double(), "layers.0", Moments, resident=True)
 
 
+def test_nothing_grows_while_a_graph_is_recorded(tokenwise, monkeypatch) -> None:
+    """Rows, sequences, labels and spans are refused before anything is launched; what fits goes on."""
+    model, during = tokenwise(), {"emocore.plans.recording": True, "emocore.lanes.recording": True}
+    rules = {"layers.0": labelled, "layers.1": (Moments(), Tokens(span="said"))}
+    with capture(model, rules, resident=True) as tap:
+
+        def run(b: int, t: int, **given: object) -> None:
+            with tap.batch(labels=[0] * b, spans=[{"said": [(0, 1)]}] * b, **given):
+                model(ids(b, t))
+
+        run(2, 3)
+        for name, value in during.items():
+            monkeypatch.setattr(name, lambda device, value=value: value)
+        run(2, 3)
+        for b, t in ((2, 400), (3, 2)):
+            with pytest.raises(CaptureError, match="graph is being recorded"):
+                run(b, t)
+        with pytest.raises(CaptureError, match="spans"), tap.batch(labels=[0, 0], spans=[{"said": [(0, 1)] * 3}] * 2):
+            model(ids(2, 3))
+        run(2, 3)
+    assert tap.sinks["layers.0"].count == 18
+    fresh = capture(model, "layers.0", Moments, resident=True)
+    with pytest.raises(CaptureError, match="graph is being recorded"), fresh:
+        model(ids(1, 1))
+
+
 def test_two_threads_in_one_capture_are_told(tokenwise) -> None:
     model = Breaks()
     inside, go_on = threading.Event(), threading.Event()
