@@ -1,14 +1,15 @@
 # make         a virtual environment with the native extension built in place
 # make demo    from a real model to emotion vectors, printing every figure (MODEL=folder for another model)
 # make test    style, types and all tests, as CI runs them
-# make bench   the benchmarks
+# make bench   the benchmarks on the CPU (QUICK=1 for fewer rounds)
+# make gpu     build, tests and benchmarks on an NVIDIA GPU, with the torch of $(PYTHON) (DRY=1 without one)
 # make corpus  the figures of the default corpus
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: all demo test check bench corpus clean
+.PHONY: all demo test check bench gpu corpus clean
 all: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml constraints.txt .ci/venv
@@ -17,6 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt .ci/venv
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@.ci/cubins
 	@touch $@
 
 demo: all
@@ -31,7 +33,10 @@ check: all
 	@$(BIN)/mypy --no-error-summary
 
 bench: all
-	@$(BIN)/pytest benchmarks --benchmark-only
+	@$(BIN)/pytest benchmarks --benchmark-only --benchmark-quiet -rfE $(if $(QUICK),--scale quick --seconds 60)
+
+gpu: $(if $(DRY),all)
+	@$(PYTHON) .ci/gpu $(if $(DRY),--dry) $(if $(BUDGET),--budget $(BUDGET))
 
 corpus: all
 	@$(BIN)/python benchmarks/corpus_report.py

@@ -1,93 +1,205 @@
-"""Moments: gram, label sums, and a whole update, against the usual expressions on the same rows."""
+"""Moments: a whole update, from rows to float64 state, and how exact it is."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
-from emocore import Moments, ops
-from emocore.linalg import tile_count, unpack_tiles
+import emocore
+from emocore import Moments
 from emocore.precision import BOUND
 
-ROWS, LABELS = 8192, 171
+from . import peers
+from .bars import faster
+from .bench_gram import triangle
+from .harness import Absent, Contender, cold
+from .machine import Machine
+from .ours import OURS, lacks_step
+from .passing import DRAIN, FORWARD, SEQUENCE, Passing, bound_16, captured, moments
+from .results import Case, Work
+from .ring import Ring
+
+WIDE = 2048  # from this width on the products outweigh the rest
 
 
-@pytest.mark.parametrize("dim", [384, 768, 2048])
-def test_gram(race, dim: int) -> None:
-    x = torch.randn(ROWS, dim, generator=torch.Generator().manual_seed(0))
-    zero = torch.zeros(dim, dtype=torch.float64)
-    tiles = torch.zeros(tile_count(dim), 128, 128, dtype=torch.float64)
-    values = x.numpy()
-
-    def ours() -> torch.Tensor:
-        ops.gram(x, None, zero, tiles)  # accumulates, as it does in a stream; the first call is checked
-        return tiles
-
-    exact = x.double().T @ x.double()
-    others = {"torch mm": lambda: x.T @ x, "numpy": lambda: torch.from_numpy(values.T @ values)}
-    # relative to the diagonal, about sqrt(256) roundings of float32 remain
-    race(
-        f"gram float32 D={dim}",
-        {"emocore": ours, **others},
-        exact,
-        1e-6,
-        ROWS * dim * (dim + 1),
-        "GFLOP/s",
-        read=lambda packed: unpack_tiles(packed, dim),
-    )
-
-
-@pytest.mark.parametrize("order", ["runs", "shuffled"])
-def test_label_sums(race, order: str) -> None:
-    dim = 384
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, dim, generator=g)
-    labels = torch.randint(LABELS, (ROWS,), generator=g)
-    labels = labels.sort().values if order == "runs" else labels
-    ids, places, zero = labels.int(), labels.numpy(), torch.zeros(dim, dtype=torch.float64)
-    exact = torch.zeros(LABELS, dim, dtype=torch.float64).index_add_(0, labels, x.double())
-
-    def ours() -> torch.Tensor:
-        sums = torch.zeros(LABELS, dim, dtype=torch.float64)
-        ops.label_sums(x, ids, None, zero, sums, None)
-        return sums
-
-    def add_at() -> torch.Tensor:
-        sums = np.zeros((LABELS, dim), dtype=np.float32)
-        np.add.at(sums, places, x.numpy())
-        return torch.from_numpy(sums)
-
-    others = {"torch index_add_": lambda: torch.zeros(LABELS, dim).index_add_(0, labels, x), "np.add.at": add_at}
-    race(f"label sums, {order}", {"emocore": ours, **others}, exact, 1e-14, x.numel() * 4, "GB/s")
-
-
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_update(race, dtype: torch.dtype) -> None:
-    """Per-label means and the full covariance, against float64 sums in torch."""
-    dim = 384
-    g = torch.Generator().manual_seed(0)
-    x = (torch.randn(ROWS, dim, generator=g) + 2).to(dtype)
-    labels = torch.randint(LABELS, (ROWS,), generator=g)
+def test_update(race, machine: Machine, seed: int, dtype: torch.dtype) -> None:
+    """Per-label means and the full covariance of rows on the CPU, against float64 sums in torch."""
+    rows, dim, k = machine.scale.rows(8192), machine.scale.dim(384), machine.scale.labels()
+    g = machine.generator(seed)
+    x = (torch.randn(rows, dim, generator=g) + 2).to(dtype)
+    labels = torch.randint(k, (rows,), generator=g)
     ids = labels.int()
-    exact = torch.cov(x.double().T)
 
-    def ours() -> torch.Tensor:
-        moments = Moments(LABELS, covariance=True)
-        moments.update(x, ids)
-        return moments.covariance()
+    def ours(given: Tensor) -> Tensor:
+        found = Moments(k, covariance=True)
+        found.update(given, ids)
+        return found.covariance()
 
-    def plain() -> torch.Tensor:
-        y = x.double()
-        torch.zeros(LABELS, dim, dtype=torch.float64).index_add_(0, labels, y)
+    def plain(given: Tensor) -> Tensor:
+        y = given.double()
+        torch.zeros(k, dim, dtype=torch.float64).index_add_(0, labels, y)
         return torch.cov(y.T)
 
     name = str(dtype).removeprefix("torch.")
-    race(
-        f"update {name} D={dim}",
-        {"emocore": ours, "torch float64": plain},
-        exact,
-        BOUND[dtype],
-        x.numel() * x.element_size(),
-        "GB/s",
+    case = Case(
+        op="update",
+        name=f"update {name} D={dim}",
+        dtype=name,
+        rows=rows,
+        dim=dim,
+        k=k,
+        bound=BOUND[dtype],
+        work=Work(x.nbytes, dim * dim * 8.0, triangle(rows, dim), "float32"),
+        bars=(faster("G14", 70.0, "scikit-learn"),) if dtype == torch.float32 else (),
     )
+    contenders: list[Contender | Absent] = [Contender(OURS, ours), Contender("torch float64", plain)]
+    if dtype == torch.float32:
+        contenders += _fitters(labels, dim, k)
+    race(case, contenders, [x], lambda given: torch.cov(given.double().T))
+
+
+def _fitters(labels: Tensor, dim: int, k: int) -> list[Contender | Absent]:
+    """Libraries that keep a covariance, each from nothing."""
+    hot = torch.nn.functional.one_hot(labels, k).float()
+    fitter, pca = "concept-erasure LeaceFitter", "scikit-learn IncrementalPCA"
+
+    def fitted(x: Tensor) -> Tensor:
+        return peers.leace(dim, k, x.device)(x, hot) / (len(x) - 1)
+
+    return [
+        peers.peer("concept_erasure", fitter, lambda: Contender(fitter, fitted)),
+        peers.peer("sklearn", pca, lambda: Contender(pca, peers.incremental_pca(min(256, dim)))),
+    ]
+
+
+@pytest.mark.alike
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [384, 768, 1024, 2048, 4096, 8192])
+def test_update_on_device(race, machine: Machine, seed: int, dim: int) -> None:
+    """A forward's rows of one hook point, captured, labelled and folded: G1b and G3."""
+    wide, k = dim >= WIDE, machine.scale.labels()
+    rows = machine.scale.rows(16_384 if dim > WIDE else 65_536, tiny=machine.scale.block)
+    dim = machine.scale.dim(dim)
+    sequences = rows // SEQUENCE
+    labels = [i % k for i in range(sequences)]
+
+    def make(g: torch.Generator) -> Tensor:
+        mean = torch.randn(dim, generator=g, device=machine.device)
+        return (torch.randn(sequences, SEQUENCE, dim, generator=g, device=machine.device) + mean).bfloat16()
+
+    inputs = cold(machine, make, rows * dim * 2, seed)
+    case = Case(
+        op="update",
+        name=f"capture to float64, bfloat16 D={dim}",
+        dtype="bfloat16",
+        rows=rows,
+        dim=dim,
+        k=k,
+        bound=bound_16(rows),
+        work=Work(inputs[0].nbytes, dim * dim * 4.0, triangle(rows, dim)),
+        bars=(
+            faster("G1b", 1.2 if wide else 1.0, "torch"),
+            faster("G3", 15.0 if wide else 8.0, "concept-erasure", "as LeaceFitter, float32"),
+            faster("G3", 3.0, "as LeaceFitter, tf32"),
+        ),
+    )
+    model = Passing(1, machine.device, torch.bfloat16)
+    with torch.no_grad(), emocore.capture(model, {"layers.0": _new(machine, k)}, resident=True) as tap:
+        ours = Contender(
+            OURS,
+            lambda x: model(inputs_embeds=x),
+            lambda x: captured(_new(machine, k), [x], labels).covariance(),
+            lambda: tap.batch(labels=labels),
+        )
+        absent = lacks_step(machine, *FORWARD)
+        race(case, [absent or ours, _drain(machine, k), *_updates(machine, dim, k, labels)], inputs, _covariance)
+
+
+def _new(machine: Machine, k: int | None = None) -> Moments:
+    return moments(machine.scale.block, machine.scale.tiny, k)
+
+
+def _drain(machine: Machine, k: int) -> Contender | Absent:
+    """The steps alone, on rows that are staged: what a capture adds to them is the difference."""
+    rings: dict[int, Ring] = {}
+
+    def ring(x: Tensor) -> Ring:
+        if x.data_ptr() not in rings:
+            rows = x.reshape(1, -1, x.shape[-1])
+            ids = torch.arange(rows.shape[1], device=x.device).div(SEQUENCE, rounding_mode="floor").remainder(k).int()
+            rings[x.data_ptr()] = Ring.of(machine, rows, ids, k, machine.scale.block)
+        return rings[x.data_ptr()]
+
+    def drain(x: Tensor) -> Ring:
+        found = ring(x)
+        for _ in range(found.rows.shape[1] // found.block):
+            found.drain()
+        return found
+
+    def check(x: Tensor) -> Tensor:
+        found = ring(x)
+        found.clear()
+        found.frozen.zero_()  # the shift is found anew
+        drain(x)
+        n, total = found.rows.shape[1], found.totals[0].sum(0)
+        return (found.scatter() - torch.outer(total, total) / n) / (n - 1)
+
+    absent = lacks_step(machine, *DRAIN)
+    return Absent("emocore, drain alone", absent.status) if absent else Contender("emocore, drain alone", drain, check)
+
+
+def _updates(machine: Machine, dim: int, k: int, labels: Sequence[int]) -> list[Contender | Absent]:
+    """The same from others, on rows [N, D]; the product alone knows no labels."""
+    acc = torch.zeros(dim, dim, device=machine.device)
+    hot = torch.nn.functional.one_hot(
+        torch.tensor(labels, device=machine.device).repeat_interleave(SEQUENCE), k
+    ).float()
+    name = "concept-erasure LeaceFitter, float32"
+
+    def welford() -> Callable[[Tensor], Tensor]:
+        fitter = peers.Welford(dim, k, machine.device)
+        return lambda x: fitter.update(_flat(x), hot)
+
+    def fitter() -> Callable[[Tensor], Tensor]:
+        update = peers.leace(dim, k, machine.device)
+        return lambda x: update(_flat(x), hot)
+
+    def centred(make: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+        return lambda x: make()(x).double() / (_flat(x).shape[0] - 1)
+
+    def raw(update: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def check(x: Tensor) -> Tensor:
+            rows, n = _flat(x), x.shape[0] * x.shape[1]
+            mean = rows.double().mean(0)
+            return (update(torch.zeros_like(acc), rows).double() - n * torch.outer(mean, mean)) / (n - 1)
+
+        return check
+
+    return [
+        Contender("torch mm, float32 out, + add", lambda x: peers.added(acc, _flat(x)), raw(peers.added)),
+        Contender("torch addmm, float32 out", lambda x: peers.fused(acc, _flat(x)), raw(peers.fused)),
+        peers.peer("concept_erasure", name, lambda: Contender(name, fitter(), centred(fitter))),
+        Contender("as LeaceFitter, float32", welford(), centred(welford)),
+        Contender("as LeaceFitter, tf32", welford(), _in_tf32(centred(welford)), peers.tf32),
+    ]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _in_tf32(check: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def checked(x: Tensor) -> Tensor:
+        with peers.tf32():
+            return check(x)
+
+    return checked
+
+
+def _covariance(x: Tensor) -> Tensor:
+    return torch.cov(_flat(x).double().T)

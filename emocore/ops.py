@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import native, reference, reference_steering, reference_steps
+from . import native, reference, reference_drain, reference_forward, reference_steering, reference_track
 from .errors import ArgumentError, near
 
 _TABLES = "Tensor deltas, Tensor? basis=None, Tensor? dual=None, Tensor? target=None, Tensor? gate=None"
@@ -134,17 +134,17 @@ def _triton(op: str) -> Callable[..., Any] | None:
 
 # Steps of a capture whose statistics stay on the device (docs/gpu.md): they run inside an op, and are none themselves.
 STEPS: dict[str, Callable[..., Any]] = {
-    "begin": reference_steps.begin_ref,
-    "stage_rows": reference_steps.stage_rows_ref,
-    "place_labels": reference_steps.place_labels_ref,
-    "commit": reference_steps.commit_ref,
-    "freeze": reference.freeze_ref,
-    "convert": reference.convert_ref,
-    "fold_gram": reference.fold_gram_ref,
-    "sort_labels": reference.sort_labels_ref,
-    "fold_labels": reference.fold_labels_ref,
-    "settle": reference.settle_ref,
-    "track": reference.track_ref,
+    "begin": reference_forward.begin_ref,
+    "stage_rows": reference_forward.stage_rows_ref,
+    "place_labels": reference_forward.place_labels_ref,
+    "commit": reference_forward.commit_ref,
+    "freeze": reference_drain.freeze_ref,
+    "convert": reference_drain.convert_ref,
+    "fold_gram": reference_drain.fold_gram_ref,
+    "sort_labels": reference_drain.sort_labels_ref,
+    "fold_labels": reference_drain.fold_labels_ref,
+    "settle": reference_drain.settle_ref,
+    "track": reference_track.track_ref,
 }
 
 

@@ -14,7 +14,7 @@ from .alarms import Alarm
 from .calibration import STATISTICS
 from .errors import ArgumentError, CalibrationError, LedgerError, ShapeError
 from .kernels._tiles import TRACK_COLUMNS
-from .reference import Tracked
+from .reference_track import Tracked
 
 Rule: TypeAlias = tuple[str, int, int, float, float]  # name, statistic and direction by place, level, release
 PENDING = 4096  # forgotten sequences whose names wait for the alarms to be read

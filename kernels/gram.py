@@ -231,9 +231,7 @@ def _launch(y: Tensor, cursor: Tensor, wanted: int, exponent: Tensor, tiles: Ten
     launch(gram_fold_kernel, (cut, TILE // FOLD["ROWS"]), *args, warps=GRAM_FOLD_WARPS, **FOLD)
 
 
-def fold_gram(
-    y: Tensor, cursor: Tensor, block: int, exponent: Tensor, tiles: Tensor, chain: int = DEVICE_CHAIN
-) -> None:
+def fold_gram(y: Tensor, cursor: Tensor, block: int, exponent: Tensor, tiles: Tensor, chain: int) -> None:
     """tiles [S, T, 128, 128] += the gram of y [S, P, block, D], where cursor [2] holds a full block."""
     _launch(y, cursor, block, exponent, tiles.view(-1), chain)
 

@@ -14,7 +14,7 @@ HANDLES: dict[tuple[int, int], int] = {}  # of the driver, by device and parts o
 CHAIN = 512  # rows; half with two parts
 
 
-def fold_gram(y: Tensor, cursor: Tensor, block: int, exponent: Tensor, tiles: Tensor, chain: int = CHAIN) -> bool:
+def fold_gram(y: Tensor, cursor: Tensor, block: int, exponent: Tensor, tiles: Tensor, chain: int) -> bool:
     """tiles [S, T, 128, 128] += the lower tiles of the block y [S, P, block, D] (docs/gpu.md); False where it cannot.
 
     It needs D divisible by 8 and 16-byte alignment.

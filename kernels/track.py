@@ -85,7 +85,7 @@ def track_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """For every marked row of sequence b in order, at hook point s: scores: [S, n, K], marks: [S, n], the rest as in
-    `reference.Tracked`;
+    `reference_track.Tracked`;
 
     ema = (1 - a) ema + a z; mean = (rest + z) / min(tokens, window), rest the sum of the last window - 1 scores; the
     largest and the sums of z, ema and mean; an alarm rises where its statistic > level and it is not active, as it then
@@ -205,8 +205,8 @@ def track_kernel(
 def track(
     scores: Tensor, first: Tensor, kept: Tensor, marks: Tensor, slots: Tensor, serial: Tensor, state: Any
 ) -> None:
-    """Advance a `reference.Tracked` as `reference.track_ref` does; scores [S, n, K] and marks [S, n] have unit stride
-    in their last axis."""
+    """Advance a `reference_track.Tracked` as its `track_ref` does; scores [S, n, K] and marks [S, n] have unit stride in
+    their last axis."""
     points, _, k = scores.shape
     blocks = state.tokens.shape[2]
     block = max(32, triton.next_power_of_2(triton.cdiv(k, blocks)))

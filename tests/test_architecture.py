@@ -12,7 +12,16 @@ ROOT = Path(__file__).parent.parent / "emocore"
 # One line a floor; within a line a module may import only those before it.
 FLOORS = [
     ["errors", "precision", "control", "labels", "hookpoints", "linalg", "packing", "publishing", "formats"],
-    ["reference", "reference_steps", "reference_steering", "kernels", "_C", "native"],
+    [
+        "reference",
+        "reference_drain",
+        "reference_forward",
+        "reference_steering",
+        "reference_track",
+        "kernels",
+        "_C",
+        "native",
+    ],
     ["ops", "aot"],
     ["tokens", "ledger", "blocks", "sums", "groups", "plans", "pooling", "calibration"],
     ["readout", "moments", "rows", "sinks", "batches", "forwards", "lanes", "resident", "capturing"],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emocore.precision import device_chain
-from emocore.reference import convert_ref, freeze_ref
+from emocore.reference_drain import convert_ref, freeze_ref
 
 from .emulation import Array, chain, gram
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emocore import ops
 from emocore.kernels.convert import convert_kernel
-from emocore.reference import convert_ref, freeze_ref
+from emocore.reference_drain import convert_ref, freeze_ref
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 NAN = float("nan")

@@ -19,7 +19,8 @@ from emocore.kernels.gram import _panels
 from emocore.linalg import pack_tiles, tile_count, unpack_tiles
 from emocore.precision import DEVICE_CHAIN as CHAIN
 from emocore.precision import device_chain
-from emocore.reference import fold_gram_ref, gram_ref
+from emocore.reference import gram_ref
+from emocore.reference_drain import fold_gram_ref
 
 NAN = float("nan")
 # Of a sum in fp32 by chains, relative to the root of the two variances: products of a chain in any order, then chains.
@@ -209,11 +210,11 @@ def test_a_drain_allocates_nothing(device: torch.device, monkeypatch: pytest.Mon
     y, exponent = noise(1, 1, 512, 3, device=device).half(), powers(1, 3, device)
     tiles, cursor = zeros(1, 3, device), torch.tensor([512, 0], device=device)
     step = ops.step("fold_gram", y.device)
-    step(y, cursor, 512, exponent, tiles)
+    step(y, cursor, 512, exponent, tiles, CHAIN)
     once = tiles.clone()
     for name in ("empty", "zeros"):
         monkeypatch.delattr(torch, name)
-    step(y, cursor, 512, exponent, tiles[:1])
+    step(y, cursor, 512, exponent, tiles[:1], CHAIN)
     assert torch.equal(tiles, 2 * once)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from emocore import ops
 from emocore.kernels import folding, label_sums, sorting
-from emocore.reference import fold_labels_ref, label_sums_ref, sort_labels_ref
+from emocore.reference import label_sums_ref
+from emocore.reference_drain import fold_labels_ref, sort_labels_ref
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32, torch.float64]

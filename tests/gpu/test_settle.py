@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emocore import ops
 from emocore.kernels import settle as kernel
-from emocore.reference import settle_ref
+from emocore.reference_drain import settle_ref
 
 OUTPUTS = ("frozen", "norm_sum", "norm_count", "cursor")
 

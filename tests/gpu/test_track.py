@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emocore import ops
-from emocore.reference import Tracked, track_ref
+from emocore.reference_track import Tracked, track_ref
 from emocore.tracking import Tracks
 from emocore.watching import Rule, Watch
 

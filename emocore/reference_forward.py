@@ -1,7 +1,7 @@
-"""The steps of a capture that stays on the device, in plain PyTorch: oracle and fallback of kernels/ (docs/gpu.md).
+"""The forward of a capture that stays on the device, in plain PyTorch: oracle and fallback of kernels/forward.py.
 
-Like the kernels they read and write fixed memory and never ask the host for a value, but for the drain's one question
-whether a block is full. B sequences, N positions, R token rules, S hook points.
+Like the kernels it reads and writes fixed memory and never asks for a value. B sequences, N positions, R token rules, S
+hook points.
 """
 
 from __future__ import annotations

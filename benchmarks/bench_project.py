@@ -1,0 +1,180 @@
+"""Projection: scores of rows on K directions, centred and as cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from emocore import ops, packing
+
+from . import peers
+from .bars import Bar, faster, faster_than_as_exact, reaches
+from .harness import Absent, Contender, cold
+from .machine import Machine
+from .ours import OURS, by_op, lacks_op
+from .results import Case, Work
+
+ROWS_BYTES, SEQUENCE = 256e6, 256  # of rows on a GPU, and rows a sequence
+BOUND_16 = 4e-3  # readers rounded to 16 bits, relative to the largest score
+EAGER, COMPILED, LINEAR = "eager torch", "torch.compile", "bare F.linear"
+
+
+def _work(rows: int, dim: int, k: int, size: int, arithmetic: str) -> Work:
+    return Work(rows * dim * size + k * dim * size, rows * k * 4.0, 2.0 * rows * dim * k, arithmetic)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("k", [1, 16, 171])
+def test_centered(race, machine: Machine, seed: int, k: int) -> None:
+    """Centred scores of float32 rows on the CPU."""
+    rows, dim = machine.scale.rows(8192), machine.scale.dim(384)
+    g = machine.generator(seed)
+    x, v, c = torch.randn(rows, dim, generator=g), torch.randn(k, dim, generator=g), torch.randn(dim, generator=g)
+    wide = c.double()
+    case = Case(
+        op="project",
+        name=f"project K={k}",
+        dtype="float32",
+        rows=rows,
+        dim=dim,
+        k=k,
+        bound=1e-6,
+        work=_work(rows, dim, k, 4, "float32"),
+        bars=(faster_than_as_exact("G15", 1.5),),
+    )
+    contenders = [
+        by_op(machine, "project", lambda given: ops.project(given, v, wide, False)),
+        Contender("torch (x - c) @ V.T", lambda given: (given - c) @ v.T),
+        Contender("torch linear", lambda given: functional.linear(given, v, -(v @ c))),
+        Contender("torch float64", lambda given: (given.double() - wide) @ v.double().T),
+    ]
+    race(case, contenders, [x], lambda given: (given.double() - wide) @ v.double().T)
+
+
+@pytest.mark.cpu
+def test_cosine(race, machine: Machine, seed: int) -> None:
+    """Cosines of float32 rows on the CPU."""
+    rows, dim, k = machine.scale.rows(8192), machine.scale.dim(384), machine.scale.labels()
+    g = machine.generator(seed)
+    x, v = torch.randn(rows, dim, generator=g), torch.randn(k, dim, generator=g)
+    case = Case(
+        op="project",
+        name=f"cosine K={k}",
+        dtype="float32",
+        rows=rows,
+        dim=dim,
+        k=k,
+        bound=1e-6,
+        work=_work(rows, dim, k, 4, "float32"),
+        bars=(faster_than_as_exact("G15", 1.5),),
+    )
+    contenders = [
+        by_op(machine, "project", lambda given: ops.project(given, v, None, True)),
+        Contender("torch normalize", lambda given: functional.normalize(given) @ v.T),
+        Contender("torch float64", lambda given: functional.normalize(given.double()) @ v.double().T),
+    ]
+    race(case, contenders, [x], lambda given: functional.normalize(given.double()) @ v.double().T)
+
+
+class Readers:
+    """Directions that are scored on, and the ways to do it on bfloat16 rows [N, D] of sequences of one length."""
+
+    def __init__(self, machine: Machine, k: int, dim: int, kind: str, seed: int) -> None:
+        g = machine.generator(seed)
+        self.kind, self.sequence = kind, machine.scale.rows(SEQUENCE, tiny=16)
+        self.v = functional.normalize(torch.randn(k, dim, generator=g, device=machine.device))
+        self.narrow, zero = self.v.bfloat16(), torch.zeros(dim, device=machine.device, dtype=torch.float64)
+        normal = torch.randn(dim, generator=g, device=machine.device, dtype=torch.float64)
+        self.centre = normal if kind in ("centered", "pooled") else zero
+        self.c = self.centre.bfloat16()
+
+    def pooled(self, scores: Tensor) -> Tensor:
+        """Largest and mean of each sequence, one after the other; scores as they are for the other kinds."""
+        if self.kind != "pooled":
+            return scores
+        one = scores.view(-1, self.sequence, scores.shape[1])
+        return torch.cat([one.amax(1), one.mean(1)])
+
+    def exact(self, x: Tensor) -> Tensor:
+        y = x.double() - self.centre
+        scores = y @ self.v.double().T
+        return self.pooled(scores / y.norm(dim=1, keepdim=True) if self.kind == "cosine" else scores)
+
+    def chain(self, x: Tensor) -> Tensor:
+        """What one writes in torch, in the rows' own dtype."""
+        if self.kind == "raw":
+            return x @ self.narrow.T
+        if self.kind == "cosine":
+            return functional.normalize(x) @ self.narrow.T
+        return self.pooled((x - self.c) @ self.narrow.T)
+
+    def packed(self, machine: Machine, parts: int, rows: int) -> Callable[[Tensor], Any]:
+        """Ours on readers that were prepared once, in so many parts."""
+        packed, offset = packing.pack(self.v, self.centre, torch.bfloat16, parts)
+        starts = torch.arange(0, rows + 1, self.sequence, device=machine.device).int()
+
+        def score(x: Tensor) -> Any:
+            scores = ops.project_packed(x, packed, offset, self.kind == "cosine")
+            return ops.pool_scores(scores, starts) if self.kind == "pooled" else scores
+
+        return score
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "k", "kind"),
+    [
+        *((4096, k, "centered") for k in (1, 16, 171, 512)),
+        *((dim, 171, "centered") for dim in (384, 768, 8192)),
+        *((4096, 171, kind) for kind in ("raw", "cosine", "pooled")),
+    ],
+)
+def test_project_on_device(race, machine: Machine, seed: int, dim: int, k: int, kind: str) -> None:
+    """Scores of bfloat16 rows on a GPU: G6. The first line has readers as short as the chains'."""
+    bars = _bars(k, kind)
+    rows = machine.scale.rows(int(ROWS_BYTES / 2 / dim) // SEQUENCE * SEQUENCE, tiny=32)
+    dim, k = machine.scale.dim(dim), min(k, 40) if machine.scale.tiny else k
+    readers = Readers(machine, k, dim, kind, seed)
+
+    def make(g: torch.Generator) -> Tensor:
+        return torch.randn(rows, dim, generator=g, device=machine.device).bfloat16()
+
+    work = _work(rows, dim, k, 2, "bfloat16")
+    case = Case(
+        op="project",
+        name=f"project {kind} bfloat16 D={dim} K={k}",
+        dtype="bfloat16",
+        rows=rows,
+        dim=dim,
+        k=k,
+        bound=BOUND_16,
+        work=replace(work, written=8.0 * k * rows / readers.sequence) if kind == "pooled" else work,
+        bars=bars,
+    )
+    wanted = ("project_packed", *(["pool_scores"] if kind == "pooled" else []))
+    absent = lacks_op(machine, *wanted)
+
+    def ours(name: str, parts: int) -> Contender | Absent:
+        call = readers.packed(machine, parts, rows)
+        check = (lambda x: torch.cat(call(x))) if kind == "pooled" else call
+        return Absent(name, absent.status) if absent else Contender(name, call, check)
+
+    contenders = [
+        ours(OURS, 1),
+        ours("emocore, readers in 2 parts", 2),
+        Contender(EAGER, readers.chain),
+        Contender(COMPILED, peers.compiled(machine, readers.chain)),
+        Contender(LINEAR, lambda x: functional.linear(x, readers.narrow), readers.chain),
+    ]
+    race(case, contenders, cold(machine, make, rows * dim * 2, seed), readers.exact)
+
+
+def _bars(k: int, kind: str) -> tuple[Bar, ...]:
+    against = () if kind == "raw" else (faster("G6", 2.0, EAGER), faster("G6", 1.1 if k >= 512 else 1.3, COMPILED))
+    return (reaches("G6", 0.65), *against, *((faster("G6", 1.0, LINEAR),) if k == 171 else ()))
