@@ -1,11 +1,12 @@
 # make         a virtual environment with the native extension built in place
 # make demo    from a real model to emotion vectors, printing every figure (MODEL=folder for another model)
-# make test    style, types and all tests, as CI runs them
+# make test    style, types and all tests, as CI runs them (JOBS= processes)
 # make bench   the benchmarks on the CPU (QUICK=1 for fewer rounds)
 # make gpu     build, tests and benchmarks on an NVIDIA GPU, with the torch of $(PYTHON) (DRY=1 without one)
 # make corpus  the figures of the default corpus
 
 PYTHON ?= python3
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -25,7 +26,7 @@ demo: all
 	@$(BIN)/emocore demo $(if $(MODEL),--model "$(MODEL)")
 
 test: check
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile
 
 check: all
 	@$(BIN)/ruff check --quiet .

@@ -205,7 +205,7 @@ def track_kernel(
 def track(
     scores: Tensor, first: Tensor, kept: Tensor, marks: Tensor, slots: Tensor, serial: Tensor, state: Any
 ) -> None:
-    """Advance a `reference_track.Tracked` as its `track_ref` does; scores [S, n, K] and marks [S, n] have unit stride in
+    """Advance a `reference_track.Tracked` as `track_ref` does; scores [S, n, K] and marks [S, n] have unit stride in
     their last axis."""
     points, _, k = scores.shape
     blocks = state.tokens.shape[2]

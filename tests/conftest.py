@@ -19,6 +19,9 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: its tests run on the CPU
 
+# the cores are shared by the processes of a run
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 PAD, EOS, BOS, VOCAB = 0, 1, 2, 64
 
 
