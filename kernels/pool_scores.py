@@ -31,7 +31,7 @@ def pool_pieces_kernel(
     start = tl.load(starts_ptr + low)
     first = start + (piece - start // ROWS - low) * ROWS
     end = tl.load(starts_ptr + low + 1)
-    if (first < start) | (first >= end):
+    if first >= end:
         return
     rows = first + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -256,6 +256,22 @@ def test_scores_are_of_the_rows_before_they_are_steered(
     assert torch.equal(x, steered)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_that_are_only_scored_keep_their_bits(device: torch.device, dtype: torch.dtype, shared: bool) -> None:
+    x = torch.tensor([[-0.0, 1.0, torch.nan, 1e-45], [1.0, -0.0, torch.inf, 2.0]], device=device).to(dtype)
+    word = torch.int32 if dtype == torch.float32 else torch.int16
+    x.view(word)[0, 2] += 5  # a payload
+    before = x.clone()
+    packed, offset = packing.pack(unit(9, 4, device=device), None, dtype)
+    slots = torch.tensor([0] if shared else [0, 7], dtype=torch.int32, device=device)
+    _, y = ops.project_steer(x, packed, offset, slots, torch.ones(2, 4, device=device))
+    ops.project_steer_(x, packed, offset, slots, torch.ones(2, 4, device=device))
+    assert torch.equal(y.view(word), before.view(word))
+    assert torch.equal(x.view(word), before.view(word))
+
+
 # --- gradients, fakes, and what asks for these kernels
 
 

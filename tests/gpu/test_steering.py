@@ -15,7 +15,7 @@ from emocore import ops
 from emocore import reference_steering as exact
 from emocore.directions import Directions
 from emocore.errors import ShapeError
-from emocore.kernels import steer_sets
+from emocore.kernels import steer_sets, steering
 from emocore.reference import steer_add_ref, steer_set_ref
 from emocore.steering import steer
 
@@ -255,8 +255,10 @@ def test_a_gate_that_is_shut_lets_nothing_through(device: torch.device) -> None:
         assert found.tolist() == [[torch.inf, 2.0, 3.0]]
 
 
-def test_rows_that_are_left_alone_are_not_written(device: torch.device) -> None:
-    """Rows that are one in memory: writing the second as it was would undo the first."""
+def test_rows_that_are_left_alone_are_not_written(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one tile that are one in memory: writing the second as it was would undo the first."""
+    monkeypatch.setattr(steering, "STEER_FEW_ROWS", 0)
+    monkeypatch.setattr(steer_sets, "EDIT_PROGRAMS", 1)
     deltas, level = randn(2, 8, seed=4, device=device), torch.tensor([[0.0], [-1e30]], device=device)
     reader = randn(1, 8, seed=5, device=device)
     slots = torch.tensor([1, 0], dtype=torch.int32, device=device)
