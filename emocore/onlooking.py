@@ -141,7 +141,8 @@ def _readers(vectors: Directions, dtype: torch.dtype, device: torch.device) -> p
     scale = vectors.scale()
     std = scale.std.double()
     readers = vectors.readers.double() / std.unsqueeze(1)
-    packed, offset = packing.pack(readers, vectors.centre, dtype)
+    parts = (vectors.provenance.get("parts") or {}).get(str(dtype).removeprefix("torch."), packing.UNKNOWN_PARTS)
+    packed, offset = packing.pack(readers, vectors.centre, dtype, parts)
     return packing.Packed(packed.to(device), (offset.double() - scale.mean.double() / std).float().to(device))
 
 
