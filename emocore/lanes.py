@@ -11,7 +11,6 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +20,12 @@ from .batches import Batch, Call
 from .control import Fault, Header, Source, Station
 from .errors import ArgumentError, CaptureError, DeviceError, LabelError, ShapeError, TokenError
 from .forwards import in_backward, outside_autograd
-from .groups import Group
 from .hookpoints import token_ids
-from .moments import Moments
 from .plans import Plan, Plans, recording, refuse_while_recording
-from .pooling import DevicePool
+from .seats import Seat, Seats
 from .sinks import Binding
 
 _handles = itertools.count(1)
-
-
-@dataclass
-class Seat:
-    """One binding's place: its group and its index there, once its rows' width and dtype are known."""
-
-    binding: Binding
-    rule: int
-    kin: tuple[Any, ...]  # what hook points of one group have in common before their first row
-    group: Group | None = None
-    index: int = 0
-    pool: DevicePool | None = None
-    onlooker: Any = None  # of a monitor, shared by its hook points (onlooking.Onlooker)
 
 
 @dataclass
@@ -56,6 +40,7 @@ class Open:
 class Lane:
     """The device memory of one capture, and the steps of a forward on it."""
 
+    @outside_autograd()
     def __init__(
         self,
         model: nn.Module,
@@ -70,33 +55,18 @@ class Lane:
         self.handle = next(_handles)
         self.order = torch.zeros(1, dtype=torch.int64, device=device)  # what a compiled graph orders the ops by
         self.points = list(points)
-        bindings = [b for point in self.points for b in points[point]]
-        rules = list(dict.fromkeys(b.rule for b in bindings))
-        modules = dict(model.named_modules())
-        self.seats = [Seat(b, rules.index(b.rule), _kin(b, modules[b.hook_point], optional)) for b in bindings]
-        at = itertools.count()
-        onlookers: dict[int, int] = {}
-        for seat in self.seats:
-            seat.onlooker = getattr(seat.binding.sink, "onlooker", None)
-            if seat.onlooker is not None:
-                seat.index = onlookers[id(seat.onlooker)] = onlookers.get(id(seat.onlooker), -1) + 1
-        self._onlookers = list({id(s.onlooker): s for s in self.seats if s.onlooker is not None}.values())
-        self._seats_of = [[next(at) for _ in points[point]] for point in self.points]
+        self.seats = Seats(model, points, optional, device)
         stops, pads = token_ids(model, "eos", "pad"), token_ids(model, "pad") - token_ids(model, "eos")
-        self.plans = Plans(rules, [seat.rule for seat in self.seats], optional, stops, pads, device)
-        self.cursors = torch.zeros(len(self.seats), 2, dtype=torch.int64, device=device)
-        self.groups: list[Group] = []
-        self._leaders = torch.zeros(0, dtype=torch.int64, device=device)
+        rules = [seat.rule for seat in self.seats.all]
+        self.plans = Plans(self.seats.rules, rules, optional, stops, pads, device)
         self._labels: dict[tuple[str, ...], Tensor] = {}
         self._open: Open | None = None
         self._ignored = False
         self._sequences = 0  # of the last forward
         self._before = torch.zeros((), dtype=torch.int64, device=device)  # forwards before the open one
-        self._fired = torch.zeros(len(self.seats), dtype=torch.int64, device=device)
+        self._fired = torch.zeros(len(rules), dtype=torch.int64, device=device)
         self._row_dtype = next(model.parameters()).dtype
         self._entered = torch.zeros((), dtype=torch.int64, device=device)  # forwards before the open batch
-        self._recorded = False  # into a graph: what the host knows of the rows is then no longer all
-        self._bound: list[int] = []  # most rows that can wait in each group
         self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._heard = self._word.numpy()  # the same memory, read without torch
         ops.LANES[self.handle] = self
@@ -117,11 +87,11 @@ class Lane:
             batch.mask = batch.mask.to(self.device, non_blocking=True)
         self.plans.header[Header.GOES_ON] = 1
         self._reset_pools()
-        for seat in self._onlookers:
+        for seat in self.seats.watched:
             seat.onlooker.enter(batch)
         if len(self.plans.seen):
             self.plans.seen.zero_()
-        for names in {seat.binding.labels for seat in self.seats} - {()}:
+        for names in self.seats.labels:
             ids = batch.ids(names)
             assert ids is not None
             flat = ids.reshape(-1)
@@ -157,7 +127,7 @@ class Lane:
                 way_out="Open one capture a thread, or capture(resident=False).",
             )
         batch = self._current() or Batch()
-        for names in {seat.binding.labels for seat in self.seats}:
+        for names in self.seats.labels:
             batch.ids(names)
         if shown is None and mask is None:
             raise ArgumentError("model: no tensor among the arguments", way_out="Use capture(resident=False).")
@@ -190,7 +160,7 @@ class Lane:
         ops.step("begin", self.device)(
             plan, mask, ids, past if past_at is None else past_at, -1 if written is None else written
         )
-        for seat in self._onlookers:
+        for seat in self.seats.watched:
             if not seat.onlooker.fits(plan):
                 refuse_while_recording(self.device, "rows")
                 seat.onlooker.reserve(plan, self._row_dtype)
@@ -205,8 +175,8 @@ class Lane:
             return
         if in_backward():
             n = hidden.shape[:-1].numel()
-            for at in self._seats_of[point]:
-                self.seats[at].binding.ledger.tokens.add(offered=n, recomputed=n)
+            for seat in self.seats.of_point[point]:
+                seat.binding.ledger.tokens.add(offered=n, recomputed=n)
             return
         if self._open is None:
             raise CaptureError(
@@ -223,35 +193,40 @@ class Lane:
                 way_out="Use capture(resident=False) for modules that see other rows.",
             )
         flat = hidden.reshape(-1, hidden.shape[-1])
-        for at in self._seats_of[point]:
-            seat = self.seats[at]
+        for seat in self.seats.of_point[point]:
             if seat.binding.rule.pool is not None:
-                self._stage_pool(seat, at, flat, plan)
-                continue
-            if seat.onlooker is not None:
-                cursor, (rows, marks, norms) = seat.onlooker.cursor, seat.onlooker.room(seat.index)
-                self._stage_rows(flat, at, plan, cursor, rows, marks, norms)
+                self._stage_pool(seat, flat, plan)
+            elif seat.onlooker is not None:
+                self._stage_rows(seat, flat, plan, seat.onlooker.cursor, seat.onlooker.room(seat.index))
                 seat.onlooker.score(seat.index, plan, seat.rule)
-                continue
-            group = self._group(at, flat)
-            if group.room_for(plan.positions) > group.capacity:
-                refuse_while_recording(self.device, "rows")
-                group.reserve(plan.positions)
-            i = seat.index
-            self._stage_rows(flat, at, plan, group.cursor, group.rows[i], group.marks[i], group.norms[i])
+            else:
+                group, i = self.seats.group_of(seat, flat, plan.positions), seat.index
+                self._stage_rows(seat, flat, plan, group.cursor, (group.rows[i], group.marks[i], group.norms[i]))
 
     def _stage_rows(
-        self, flat: Tensor, at: int, plan: Plan, cursor: Tensor, rows: Tensor, marks: Tensor, norms: Tensor
+        self, seat: Seat, flat: Tensor, plan: Plan, cursor: Tensor, to: tuple[Tensor, Tensor, Tensor]
     ) -> None:
+        rows = to[0]
         if rows.dtype != flat.dtype or rows.shape[1] != flat.shape[1]:
             raise ArgumentError(
-                f"hook point {self.seats[at].binding.hook_point!r}: rows",
+                f"hook point {seat.binding.hook_point!r}: rows",
                 expected=f"{rows.shape[1]} wide, {rows.dtype}, like the first ones",
                 got=f"{flat.shape[1]} wide, {flat.dtype}",
                 way_out="Run the model in one precision while it is captured, or use resident=False.",
             )
-        dest, station = plan.dest[self.seats[at].rule], self.plans.stations[at]
-        ops.step("stage_rows", self.device)(flat, dest, plan.rank, plan.ranked, cursor, station, rows, marks, norms)
+        station = self.plans.stations[seat.station]
+        step = ops.step("stage_rows", self.device)
+        step(flat, plan.dest[seat.rule], plan.rank, plan.ranked, cursor, station, *to)
+
+    def _stage_pool(self, seat: Seat, flat: Tensor, plan: Plan) -> None:
+        """Sum the kept positions by sequence, beside what earlier forwards of the batch brought."""
+        pool = seat.pool_for(plan.sequences, flat.shape[1], self.device)
+        counted = plan.rank > 0 if plan.ranked else torch.ones_like(plan.rank, dtype=torch.bool)
+        keep = plan.dest[seat.rule] >= 0
+        pool.stage(flat, keep, plan.sequence, counted)
+        station = self.plans.stations[seat.station]
+        station[Station.FIRES] += 1
+        station[Station.BAD] += (keep & ~torch.isfinite(flat).all(1)).sum()
 
     @outside_autograd()
     def commit(self) -> None:
@@ -261,12 +236,12 @@ class Lane:
         plan, call = self._open.plan, self._open.call
         self._open = None
         header = plan.header
-        pools = [(seat.pool, at) for at, seat in enumerate(self.seats) if seat.pool is not None]
-        if pools or self._onlookers:  # the commit clears what they need to know
+        pooling = self.seats.pooling
+        if pooling or self.seats.watched:  # the commit clears what they need to know
             self._fired.copy_(self.plans.stations[:, Station.FIRES])
             self._before.copy_(header[Header.FORWARDS])
-        for group in self.groups:
-            seat = self.seats[group.stations[0]]
+        for group in self.seats.groups:
+            seat = self.seats.all[group.stations[0]]
             if names := seat.binding.labels:
                 ops.step("place_labels", self.device)(
                     plan.header,
@@ -277,44 +252,30 @@ class Lane:
                     group.cursor,
                     group.label_ids,
                 )
-        ops.step("commit", self.device)(plan, self._leaders, self.cursors)
-        for pool, at in pools:
-            pool.commit(self._fired[at] * (header[Header.FORWARDS] - self._before))
-        for seat in self._onlookers:
+        ops.step("commit", self.device)(plan, self.seats.leaders, self.seats.cursors)
+        for seat in pooling:
+            assert seat.pool is not None
+            seat.pool.commit(self._fired[seat.station] * (header[Header.FORWARDS] - self._before))
+        for seat in self.seats.watched:
             seat.onlooker.commit(plan, seat.rule, self._before, header[Header.FORWARDS])
         self._word.copy_(header[Header.ERRORS : Header.ERRORS + 1], non_blocking=True)
-        self._drain(plan.positions)
+        self.seats.drain(plan.positions)
         batch = self._current()
         if batch is not None:
             batch.advance(call, None)
-        elif pools:
+        elif pooling:
             refuse_while_recording(self.device, "pooled rows of a forward outside tap.batch")
             self.close(Batch(), True)
 
-    def _stage_pool(self, seat: Seat, at: int, flat: Tensor, plan: Plan) -> None:
-        """Sum the kept positions by sequence, beside what earlier forwards of the batch brought."""
-        pool = seat.pool
-        if pool is None or pool.sequences < plan.sequences:
-            refuse_while_recording(self.device, "sequences")
-            kind = seat.binding.rule.pool
-            assert kind is not None
-            pool = seat.pool = DevicePool(kind, plan.sequences, flat.shape[1], self.device)
-        counted = plan.rank > 0 if plan.ranked else torch.ones_like(plan.rank, dtype=torch.bool)
-        keep = plan.dest[seat.rule] >= 0
-        pool.stage(flat, keep, plan.sequence, counted)
-        station = self.plans.stations[at]
-        station[Station.FIRES] += 1
-        station[Station.BAD] += (keep & ~torch.isfinite(flat).all(1)).sum()
-
     def _reset_pools(self) -> None:
         self._entered.copy_(self.plans.header[Header.FORWARDS])
-        for seat in self.seats:
-            if seat.pool is not None:
-                seat.pool.reset()
+        for seat in self.seats.pooling:
+            assert seat.pool is not None
+            seat.pool.reset()
 
     def close(self, batch: Batch, keep: bool) -> None:
         """Form the pooled rows of a batch that has ended, or drop them; waits for the device."""
-        pooling = [seat for seat in self.seats if seat.pool is not None]
+        pooling = self.seats.pooling
         if not pooling or self.committed == int(self._entered):
             return
         for seat in pooling:
@@ -328,60 +289,15 @@ class Lane:
         if self._open is not None and (every or self._open.thread == threading.get_ident()):
             self._open = None
 
-    def _drain(self, positions: int) -> None:
-        self._recorded |= recording(self.device)
-        for i, group in enumerate(self.groups):
-            self._bound[i] += positions
-            for _ in range(group.most_blocks(positions)):
-                if self._recorded or self._bound[i] >= group.block:
-                    group.drain()
-            self._bound[i] = min(self._bound[i], group.block - 1)
-
     def _given(self, names: tuple[str, ...]) -> Tensor:
         if names not in self._labels:
             self._labels[names] = torch.full((1,), -1, dtype=torch.int32, device=self.device)
         return self._labels[names]
 
-    def _group(self, at: int, flat: Tensor) -> Group:
-        """The group of a hook point and sink, made with its kin at the first row."""
-        seat = self.seats[at]
-        if seat.group is None:
-            refuse_while_recording(self.device, f"hook point {seat.binding.hook_point!r}")
-            if flat.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                raise ArgumentError(
-                    f"hook point {seat.binding.hook_point!r}: dtype of the rows",
-                    expected="bfloat16, float16 or float32",
-                    got=flat.dtype,
-                    way_out="Use capture(resident=False), which accumulates float64 rows in float64.",
-                )
-            kin = [i for i, other in enumerate(self.seats) if other.kin == seat.kin and other.group is None]
-            self._make_group(kin if seat.kin else [at], flat)
-        assert seat.group is not None
-        return seat.group
-
-    def _make_group(self, stations: Sequence[int], flat: Tensor) -> None:
-        moments = [self._moments(i) for i in stations]
-        first = moments[0]
-        cursor = self.cursors[len(self.groups)]
-        group = Group(
-            stations, len(first.labels), first.keeps_covariance, first.device_block_rows, cursor, flat.shape[1], flat
-        )
-        for index, i in enumerate(stations):
-            self.seats[i].group, self.seats[i].index = group, index
-        self.groups.append(group)
-        self._bound.append(0)
-        leaders = [g.stations[0] for g in self.groups]
-        self._leaders = torch.tensor(leaders, dtype=torch.int64, device=self.device)
-
-    def _moments(self, at: int) -> Moments:
-        sink = self.seats[at].binding.sink
-        assert isinstance(sink, Moments)
-        return sink
-
     def _check_sizes(self, batch: Batch, plan: Plan) -> None:
         if batch.requests is not None and len(batch.requests) != plan.sequences:
             raise ArgumentError("requests", expected=f"{plan.sequences} ids, one a sequence", got=len(batch.requests))
-        for names in {seat.binding.labels for seat in self.seats} - {()}:
+        for names in self.seats.labels:
             ids = batch.ids(names)
             if ids is not None and ids.numel() not in (plan.sequences, plan.positions):
                 raise ShapeError(
@@ -407,7 +323,7 @@ class Lane:
         if word & Fault.UNLABELLED:
             raise LabelError("labels: a labelled sink saw a forward outside tap.batch", way_out="Open tap.batch.")
         missed = self.plans.stations[:, Station.MISSED].tolist()
-        name, times = next((s.binding.hook_point, n) for s, n in zip(self.seats, missed, strict=True) if n)
+        name, times = next((s.binding.hook_point, n) for s, n in zip(self.seats.all, missed, strict=True) if n)
         raise CaptureError(
             f"hook point {name!r}: did not run once in {times} forward(s), which were not committed",
             expected="1 time",
@@ -429,19 +345,9 @@ class Lane:
             self._undo()
             words = self.plans.stations.tolist()
             self.plans.stations[:, Station.MISSED + 1 :].zero_()
-            cursors = self.cursors.tolist()
-            for i, group in enumerate(self.groups):
-                for at, taken in zip(group.stations, group.take(*cursors[i]), strict=True):
-                    self._moments(at).adopt(taken)
-                    ledger = self.seats[at].binding.ledger
-                    ledger.rows.add(formed=int(taken.sums.count) + len(taken.rows) + taken.overrange)
-                    ledger.rows.add(overrange=taken.overrange)
-                self._bound[i] = 0
-            for seat, word in zip(self.seats, words, strict=True):
-                _record(seat.binding, word)
-                if seat.onlooker is not None:
-                    used = word[Station.SELECTED]
-                    seat.binding.ledger.rows.add(formed=used, accumulated=used)
+            self.seats.hand_over()
+            for seat, word in zip(self.seats.all, words, strict=True):
+                seat.record(word)
             self._word.copy_(self.plans.header[Header.ERRORS : Header.ERRORS + 1])
 
     def _undo(self) -> None:
@@ -454,33 +360,6 @@ class Lane:
             plan.stations[:, Station.ROLLED_BACK] += lost
             plan.stations[:, : Station.MISSED].zero_()
             plan.header[Header.OPEN].zero_()
-
-
-def _kin(binding: Binding, module: nn.Module, optional: bool) -> tuple[Any, ...]:
-    """What tells which hook points advance in step and have one width; empty for one that stands alone."""
-    sink = binding.sink
-    if optional or not isinstance(sink, Moments) or binding.rule.pool is not None:
-        return ()
-    shapes = tuple(tuple(p.shape) for p in module.parameters())
-    settings = (sink.labels, sink.keeps_covariance, sink.device_block_rows)
-    return (binding.rule, type(module), shapes, *settings)
-
-
-def _record(binding: Binding, words: Sequence[int]) -> None:
-    """Add a hook point's words to its ledger."""
-    ledger, at = binding.ledger, Station
-    ledger.tokens.add(
-        offered=words[at.OFFERED],
-        selected=words[at.SELECTED],
-        masked=words[at.MASKED],
-        skipped=words[at.SKIPPED],
-        reseen=words[at.RESEEN],
-        nonfinite=words[at.NONFINITE],
-        rolled_back=words[at.ROLLED_BACK],
-    )
-    ledger.fires.add(expected=words[at.EXPECTED], seen=words[at.SEEN])
-    ledger.forwards += words[at.FORWARDS]
-    ledger.unmasked += words[at.UNMASKED]
 
 
 def _check_mask(mask: Tensor | None, size: tuple[int, int]) -> None:

@@ -130,6 +130,16 @@ class Moments(ReadOut):
             self.count_norms(taken.norm_sum, taken.norm_count)
             self.ledger.rows.add(accumulated=int(taken.sums.count))
 
+    def check_rows(self, dim: int, dtype: torch.dtype) -> None:
+        """Raise ShapeError or ArgumentError unless rows of this width and dtype can be added."""
+        self._check_width(dim)
+        self._row_dtype(dtype)
+
+    @property
+    def exact(self) -> bool:
+        """Whether rows are held in float64, whatever they come in."""
+        return self._dtype == torch.float64
+
     @property
     def device_block_rows(self) -> int:
         """Rows of a block of a capture that stays on the device: whole chains of a tensor core."""

@@ -14,9 +14,8 @@ from .errors import ArgumentError, CaptureError
 from .hookpoints import bare, read_output
 from .lanes import Lane
 from .moments import Moments
+from .seats import ROWS
 from .sinks import Binding
-
-ROWS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def residence(
@@ -37,8 +36,11 @@ def residence(
         "a sink is neither a Moments nor a monitor's": not all(
             isinstance(b.sink, Moments) or getattr(b.sink, "onlooker", None) is not None for b in sinks
         ),
+        "a Moments holds float64 rows": any(
+            isinstance(b.sink, Moments) and b.sink.exact and b.rule.pool is None for b in sinks
+        ),
         "a module fires more than once": fires != 1,
-        "the model is float64": bool(parameters) and all(p.dtype not in ROWS for p in parameters),
+        "the model is float64": all(p.dtype not in ROWS for p in parameters),
     }
     against = [reason for reason, holds in reasons.items() if holds]
     if against and wanted:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,9 @@ ROUNDING = {dtype: UNITS * (2.0**-53 if dtype == torch.float64 else 2.0**-24) fo
 
 # Variance bias and correlation error that emocore/precision.py allows.
 CONTRACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1.5e-5}
+
+# The sets that multiply bfloat16 rows as bfloat16; the others widen them to float32.
+PAIRS = ("avx512_bf16", "amx_bf16")
 
 each_width = pytest.mark.parametrize("D", WIDTHS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.values())
@@ -128,6 +133,17 @@ def test_gram_by_hand(isa: str) -> None:
     assert lower(tiles, 2).tolist() == [[4, 0], [8, 20]]  # y = 2 (0, 1) and (2, 4)
 
 
+def test_gram_of_whole_numbers_is_exact(isa: str) -> None:
+    """y has ten bits about a shift in quarters: more than one bfloat16 holds, and no sum of 15 squares rounds."""
+    rng = np.random.default_rng(0)
+    x, shift = rng.integers(-128, 128, (15, 70)).astype(np.float64), rng.integers(-400, 400, 70) / 4
+    shift[:33] = 0
+    for s in (shift, np.zeros(70)):
+        for dtype in DTYPES:
+            tiles = gram(torch.from_numpy(x).to(dtype), None, s)
+            assert np.array_equal(lower(tiles, 70), np.tril((x - s).T @ (x - s)))
+
+
 def test_project_by_hand(isa: str) -> None:
     x, V = torch.tensor([[4.0, 4.0], [1.0, 0.0]]), np.array([[1.0, 0.0], [1.0, 1.0], [0.0, -2.0]], np.float32)
     assert project(x, V, np.array([1.0, 0.0])).tolist() == [[3, 7, -8], [0, 0, 0]]
@@ -180,6 +196,20 @@ def test_gram(isa: str, dtype: torch.dtype, D: int) -> None:
         bound = ROUNDING[dtype] * (y**2).sum(0).max(initial=0.0)
         exact = np.tril((y * weights[:, None]).T @ y)
         np.testing.assert_allclose(lower(gram(x, weights, shift, threads=2), D), exact, rtol=0, atol=bound)
+
+
+@each_width
+@pytest.mark.parametrize("about", ["zero", "some", "all"])
+def test_gram_of_bfloat16_about_short_shifts(isa: str, D: int, about: str) -> None:
+    rng = np.random.default_rng(D)
+    shift = np.round(8 * rng.standard_normal(D)) / 8
+    if about != "all":
+        shift[0 if about == "zero" else D // 2 :] = 0
+    for n in (*ROWS, 512, 1100):
+        x = random_rows(n, D, torch.bfloat16, seed=n)
+        y = x.double().numpy() - shift
+        bound = ROUNDING[torch.bfloat16] * (y**2).sum(0).max(initial=0.0)
+        np.testing.assert_allclose(lower(gram(x, None, shift, threads=2), D), np.tril(y.T @ y), rtol=0, atol=bound)
 
 
 @each_dtype
@@ -350,6 +380,16 @@ def test_rounds_of_packed_rows_wait_for_each_other(threads: int) -> None:
     assert np.array_equal(gram(x), gram(x, threads=threads))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=DTYPES.get)
+def test_rounds_of_one_chain_or_several(isa: str, dtype: torch.dtype) -> None:
+    """Wide rows: a block outlives the round that began it, and strips of many tiles take turns."""
+    x, shift = random_rows(1330, 1100, dtype), np.where(np.arange(1100) % 100 < 50, 0.0, 0.5)
+    y = x.double().numpy() - shift
+    one = gram(x, None, shift)
+    np.testing.assert_allclose(lower(one, 1100), np.tril(y.T @ y), rtol=0, atol=ROUNDING[dtype] * 1330 * 2)
+    assert np.array_equal(one, gram(x, None, shift, threads=3))
+
+
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(0, 400), max_size=5), runs=st.booleans(), seed=st.integers(0, 9))
 def test_label_sums_do_not_know_where_calls_were_cut(cuts: list[int], runs: bool, seed: int) -> None:
@@ -400,6 +440,48 @@ def test_gram_keeps_the_contract(isa: str, dtype: torch.dtype, ratio: float) -> 
     std = np.sqrt(np.diag(exact))
     error = np.abs(np.tril(got - np.tril(exact))) / np.outer(std, std)
     assert error.max() <= CONTRACT[dtype]
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5, 1, 2, 3, 10, 100])
+def test_bfloat16_products_round_no_row(isa: str, ratio: float) -> None:
+    """About shifts like those that freeze, multiples of a power of two near the deviation; the rows' own rounding is
+    the same for all."""
+    n, D, rng = 20_000, 40, np.random.default_rng(5)
+    scale = np.exp(rng.uniform(-9, 9, D))
+    mixed = rng.standard_normal((n, D)) + 0.5 * rng.standard_normal((n, 1))
+    x = torch.from_numpy((mixed + ratio) * scale).bfloat16()
+    X = x.double().numpy()
+    grid = 2 ** np.floor(np.log2(X.std(0)))
+    shift = np.round(X.mean(0) / grid) * grid
+    y = X - shift
+    std = np.sqrt((y**2).mean(0) - y.mean(0) ** 2)
+    error = np.abs(np.tril(lower(gram(x, None, shift), D) - y.T @ y)) / n / np.outer(std, std)
+    assert error.max() <= 2e-6
+
+
+def column(isa: str, values: list[float]) -> float:
+    return float(gram(torch.tensor(values, dtype=torch.bfloat16)[:, None])[0, 0, 0])
+
+
+def test_where_bfloat16_products_round(isa: str) -> None:
+    """e^2 is half a unit of 1: lost where it is added to 1 alone, kept where two of them are added first."""
+    e, unit = 2.0**-12, 2.0**-23
+    kept = {
+        "one after the other": column(isa, [1, 0, e, e]) - 1,
+        "small ones first": column(isa, [e, e, 1, 0]) - 1,
+        "a step of 32 later": column(isa, [1, *[0] * 31, e, e]) - 1,
+    }
+    tiles = isa == "amx_bf16"  # even rows and odd rows of a step apart, then both, then the step
+    assert kept == {
+        "one after the other": 0,
+        "small ones first": 0 if tiles else unit,
+        "a step of 32 later": unit if tiles else 0,
+    }
+
+
+def test_bfloat16_products_under_float32s_smallest_are_nothing(isa: str) -> None:
+    assert column(isa, [2.0**-60, 2.0**-60]) == 2.0**-119
+    assert column(isa, [2.0**-70]) == (0 if isa in PAIRS else 2.0**-140)
 
 
 # --- refusals come before any writing
@@ -524,6 +606,40 @@ def test_two_callers_at_once() -> None:
         caller.join()
     assert len(results) == 4
     assert all(np.array_equal(r, gram(x)) for r in results)
+
+
+# --- which instruction set
+
+
+def test_those_of_the_machine_come_narrowest_first() -> None:
+    known = ["scalar", "avx2", "avx512", *PAIRS]
+    assert _C.isas() == [isa for isa in known if isa in _C.isas()]
+    assert _C.isas()[0] == "scalar"
+
+
+def chosen(name: str) -> subprocess.CompletedProcess[str]:
+    command = "from emocore import _C; print(_C.isa())"
+    environment = {**os.environ, "EMOCORE_ISA": name}
+    return subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize("name", _C.isas())
+def test_the_environment_chooses(name: str) -> None:
+    assert chosen(name).stdout.strip() == name
+
+
+def test_an_empty_choice_is_none() -> None:
+    """The fastest is the widest, but that Intel's pairs are slower than its floats."""
+    fast = [isa for isa in _C.isas() if isa != "avx512_bf16" or "Intel" not in Path("/proc/cpuinfo").read_text()]
+    assert chosen("").stdout.strip() == fast[-1]
+
+
+def test_an_unknown_choice_is_an_error_that_lists_the_known() -> None:
+    done = chosen("mmx")
+    assert done.returncode != 0
+    assert f"ValueError: EMOCORE_ISA: expected one of {', '.join(_C.isas())}, got 'mmx'" in done.stderr
 
 
 # In a process of its own: a fork beside torch's threads, then a process that never loads torch.

@@ -224,7 +224,7 @@ def test_whole_blocks_are_summed_on_the_device(tokenwise, dtype: torch.dtype, la
 
     with torch.no_grad(), capture(model, "layers.*", sink, resident=True) as tap:
         run(tap)
-    (group,) = tap._lane.groups
+    (group,) = tap._lane.seats.groups
     assert group.capacity == 1024
     for name, block in zip(tap.sinks, (0, 1), strict=True):
         mine = tap.sinks[name]
@@ -386,6 +386,8 @@ def test_what_cannot_stay_on_the_device_says_so(tokenwise) -> None:
     for options, reason in (({"fires": 2}, "more than once"),):
         with pytest.raises(ArgumentError, match=reason):
             capture(tokenwise(), "layers.0", Moments, resident=True, **options)
+    with pytest.raises(ArgumentError, match="float64 rows"):
+        capture(tokenwise(), {"layers.0": Moments(dtype=torch.float64)}, resident=True)
     with pytest.raises(ArgumentError, match="neither a Moments"):
         capture(tokenwise(), "layers.0", emocore.Rows, resident=True)
     with pytest.raises(ArgumentError, match="float64"):

@@ -93,7 +93,7 @@ def test_blocks_that_fill_in_a_replay_are_drained_there(tokenwise, device, monke
                         recorder.replay()
                     else:
                         model(shown, attention_mask=mask)
-            assert tap._lane.cursors[0, 1] == 3 * 512
+            assert tap._lane.seats.cursors[0, 1] == 3 * 512
         taps.append(tap)
     for name in taps[0].sinks:
         mine, other = taps[1].sinks[name], taps[0].sinks[name]

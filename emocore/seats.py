@@ -1,0 +1,174 @@
+"""Seats: where the rows of every hook point and sink of a capture on the device go, and how they come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .control import Station
+from .errors import ArgumentError
+from .groups import Group
+from .moments import Moments
+from .plans import recording, refuse_while_recording
+from .pooling import DevicePool
+from .sinks import Binding
+from .tokens import Tokens
+
+ROWS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass
+class Seat:
+    """One sink at one hook point: its rule by number, and its place in a group, among pools, or with a monitor."""
+
+    binding: Binding
+    station: int
+    rule: int
+    kin: tuple[Any, ...]  # what hook points of one group have in common before their first row
+    group: Group | None = None
+    index: int = 0  # in the group, or among the hook points of the monitor
+    pool: DevicePool | None = None
+    onlooker: Any = None  # of a monitor, shared by its hook points (onlooking.Onlooker)
+
+    @property
+    def moments(self) -> Moments:
+        """The sink, where rows are summed."""
+        assert isinstance(self.binding.sink, Moments)
+        return self.binding.sink
+
+    def pool_for(self, sequences: int, dim: int, device: torch.device) -> DevicePool:
+        """The pool of the seat, with room for so many sequences; made where there is none so large."""
+        if self.pool is None or self.pool.sequences < sequences:
+            refuse_while_recording(device, "sequences")
+            kind = self.binding.rule.pool
+            assert kind is not None
+            self.pool = DevicePool(kind, sequences, dim, device)
+        return self.pool
+
+    def record(self, words: Sequence[int]) -> None:
+        """Add the words of the station to the ledger."""
+        ledger, at = self.binding.ledger, Station
+        ledger.tokens.add(
+            offered=words[at.OFFERED],
+            selected=words[at.SELECTED],
+            masked=words[at.MASKED],
+            skipped=words[at.SKIPPED],
+            reseen=words[at.RESEEN],
+            nonfinite=words[at.NONFINITE],
+            rolled_back=words[at.ROLLED_BACK],
+        )
+        ledger.fires.add(expected=words[at.EXPECTED], seen=words[at.SEEN])
+        ledger.forwards += words[at.FORWARDS]
+        ledger.unmasked += words[at.UNMASKED]
+        if self.onlooker is not None:  # it has read what was selected
+            ledger.rows.add(formed=words[at.SELECTED], accumulated=words[at.SELECTED])
+
+
+class Seats:
+    """The seats of a capture, by station and by hook point, and the groups that those of Moments form."""
+
+    def __init__(
+        self, model: nn.Module, points: Mapping[str, Sequence[Binding]], optional: bool, device: torch.device
+    ) -> None:
+        self.device = device
+        modules = dict(model.named_modules())
+        bindings = [binding for point in points.values() for binding in point]
+        self.rules: list[Tokens] = list(dict.fromkeys(binding.rule for binding in bindings))
+        self.all = [
+            Seat(b, station, self.rules.index(b.rule), _kin(b, modules[b.hook_point], optional))
+            for station, b in enumerate(bindings)
+        ]
+        self.labels = {seat.binding.labels for seat in self.all} - {()}
+        self.of_point: list[list[Seat]] = []
+        for point in points.values():
+            before = sum(map(len, self.of_point))
+            self.of_point.append(self.all[before : before + len(point)])
+        self.watched: list[Seat] = []  # the first of every monitor
+        self._place_onlookers()
+        self.groups: list[Group] = []
+        self.cursors = torch.zeros(len(self.all), 2, dtype=torch.int64, device=device)
+        self.leaders = torch.zeros(0, dtype=torch.int64, device=device)  # a station of every group
+        self._waiting: list[int] = []  # most rows that can wait in each group
+        self._recorded = False  # into a graph: what the host knows of the rows is then no longer all
+
+    def _place_onlookers(self) -> None:
+        places: dict[int, int] = {}
+        for seat in self.all:
+            seat.onlooker = getattr(seat.binding.sink, "onlooker", None)
+            if seat.onlooker is not None:
+                seat.index = places.get(id(seat.onlooker), 0)
+                places[id(seat.onlooker)] = seat.index + 1
+                if seat.index == 0:
+                    self.watched.append(seat)
+
+    @property
+    def pooling(self) -> list[Seat]:
+        """The seats that have pools by now."""
+        return [seat for seat in self.all if seat.pool is not None]
+
+    def group_of(self, seat: Seat, flat: Tensor, positions: int) -> Group:
+        """The group of a seat, made with its kin at the first rows flat [N, D], with room for so many positions."""
+        if seat.group is None:
+            refuse_while_recording(self.device, f"hook point {seat.binding.hook_point!r}")
+            kin = [other for other in self.all if other.kin == seat.kin and other.group is None] if seat.kin else [seat]
+            self._make_group(kin, flat)
+        group = seat.group
+        assert group is not None
+        if group.room_for(positions) > group.capacity:
+            refuse_while_recording(self.device, "rows")
+            group.reserve(positions)
+        return group
+
+    def _make_group(self, kin: Sequence[Seat], flat: Tensor) -> None:
+        if flat.dtype not in ROWS:
+            raise ArgumentError(
+                f"hook point {kin[0].binding.hook_point!r}: dtype of the rows",
+                expected="bfloat16, float16 or float32",
+                got=flat.dtype,
+                way_out="Use capture(resident=False), which accumulates float64 rows in float64.",
+            )
+        dim = flat.shape[1]
+        for seat in kin:
+            seat.moments.check_rows(dim, flat.dtype)
+        like, cursor = kin[0].moments, self.cursors[len(self.groups)]
+        stations = [seat.station for seat in kin]
+        group = Group(stations, len(like.labels), like.keeps_covariance, like.device_block_rows, cursor, dim, flat)
+        for index, seat in enumerate(kin):
+            seat.group, seat.index = group, index
+        self.groups.append(group)
+        self._waiting.append(0)
+        self.leaders = torch.tensor([g.stations[0] for g in self.groups], dtype=torch.int64, device=self.device)
+
+    def drain(self, positions: int) -> None:
+        """Fold what blocks a forward of so many positions may have filled; the device knows which."""
+        self._recorded |= recording(self.device)
+        for i, group in enumerate(self.groups):
+            self._waiting[i] += positions
+            for _ in range(group.most_blocks(positions)):
+                if self._recorded or self._waiting[i] >= group.block:
+                    group.drain()
+            self._waiting[i] = min(self._waiting[i], group.block - 1)
+
+    def hand_over(self) -> None:
+        """Give all that the groups hold to their sinks, and count it; waits for the device."""
+        cursors = self.cursors.tolist()
+        for i, group in enumerate(self.groups):
+            self._waiting[i] = 0
+            for station, taken in zip(group.stations, group.take(*cursors[i]), strict=True):
+                seat = self.all[station]
+                seat.moments.adopt(taken)
+                formed = int(taken.sums.count) + len(taken.rows) + taken.overrange
+                seat.binding.ledger.rows.add(formed=formed, overrange=taken.overrange)
+
+
+def _kin(binding: Binding, module: nn.Module, optional: bool) -> tuple[Any, ...]:
+    """What tells which hook points advance in step and have one width; empty for one that stands alone."""
+    sink = binding.sink
+    if optional or not isinstance(sink, Moments) or binding.rule.pool is not None:
+        return ()
+    shapes = tuple(tuple(p.shape) for p in module.parameters())
+    return (binding.rule, type(module), shapes, sink.labels, sink.keeps_covariance, sink.device_block_rows)
