@@ -92,10 +92,10 @@ NATIVE_CPU: dict[str, Callable[..., Any]] = {
 
 
 TRITON = {  # op or step: its file in kernels/
-    "begin": "forward",
-    "stage_rows": "forward",
-    "place_labels": "forward",
-    "commit": "forward",
+    "begin": "begin",
+    "stage_rows": "stage_rows",
+    "place_labels": "stage_rows",
+    "commit": "commit",
     "freeze": "convert",
     "convert": "convert",
     "gram": "gram",

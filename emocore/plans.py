@@ -162,7 +162,7 @@ class Plans:
             self._plans.clear()
         if positions > self._positions:
             refuse_while_recording(self.device, "positions")
-            self._positions = positions
+            self._positions = positions = -(-positions // 16) * 16  # rows of dest at aligned addresses
             self._rank, self._sequence = torch.zeros(2, positions, dtype=torch.int32, device=self.device)
             self._dest = torch.full((len(self.rules), positions), -1, dtype=torch.int32, device=self.device)
             self._plans.clear()

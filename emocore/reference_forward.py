@@ -1,4 +1,4 @@
-"""The forward of a capture that stays on the device, in plain PyTorch: oracle and fallback of kernels/forward.py.
+"""The forward of a capture that stays on the device, in plain PyTorch: oracle and fallback of kernels/ (docs/gpu.md).
 
 Like the kernels it reads and writes fixed memory and never asks for a value. B sequences, N positions, R token rules, S
 hook points.

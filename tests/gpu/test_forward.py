@@ -7,7 +7,7 @@ import torch
 
 from emocore import control, ops
 from emocore.control import Fault, Header, Source, Station, Tally
-from emocore.kernels import forward as kernel
+from emocore.kernels import _control as words
 from emocore.plans import Plan, Plans
 from emocore.tokens import Tokens
 
@@ -51,8 +51,8 @@ def spans(b: int) -> list[dict[str, list[tuple[int, int]]]]:
 
 
 def test_words_are_those_of_control() -> None:
-    assert kernel.WIDTH.value == control.WIDTH
-    assert kernel.TALLIES.value == len(Tally)
+    assert words.WIDTH.value == control.WIDTH
+    assert words.TALLIES.value == len(Tally)
     for name, word in [
         ("OPEN", Header.OPEN),
         ("FORWARDS", Header.FORWARDS),
@@ -67,7 +67,7 @@ def test_words_are_those_of_control() -> None:
         ("SOURCE_NONE", Source.NONE),
         ("SOURCE_SEQUENCE", Source.SEQUENCE),
     ]:
-        assert getattr(kernel, name).value == word, name
+        assert getattr(words, name).value == word, name
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 1030), (33, 3)])
