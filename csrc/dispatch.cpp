@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <atomic>
+#include <cstdlib>
 #include <stdexcept>
 
 namespace emocore {
@@ -11,24 +12,44 @@ const Kernels* const built[] = {
     &scalar_kernels,
 #ifdef __x86_64__
     &avx2_kernels,
+    &avx512_kernels,
+    &avx512_bf16_kernels,
+#ifdef __linux__
+    &amx_bf16_kernels,
+#endif
 #endif
 };
 
-const Kernels* widest() {
+const Kernels* fastest() {
     const Kernels* best = built[0];
     for (const Kernels* isa : built)
-        if (isa->usable()) best = isa;
+        if (isa->worthwhile()) best = isa;
     return best;
 }
 
-std::atomic<const Kernels*>& chosen() {
-    static std::atomic<const Kernels*> isa{widest()};
-    return isa;
+const Kernels* named(const std::string& name, const std::string& argument) {
+    std::string known;
+    for (const std::string& isa : usable_isas()) known += (known.empty() ? "" : ", ") + isa;
+    for (const Kernels* isa : built)
+        if (isa->usable() && name == isa->name) return isa;
+    throw std::invalid_argument(argument + ": expected one of " + known + ", got '" + name + "'");
 }
+
+const Kernels* chosen_at_start() {
+    const char* forced = std::getenv("EMOCORE_ISA");
+    return forced && *forced ? named(forced, "EMOCORE_ISA") : fastest();
+}
+
+// Null until the first use: a name in the environment that nothing answers to is an error of that call.
+std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
 
-const Kernels& kernels() { return *chosen(); }
+const Kernels& kernels() {
+    const Kernels* isa = chosen;
+    if (!isa) chosen = isa = chosen_at_start();
+    return *isa;
+}
 
 std::vector<std::string> usable_isas() {
     std::vector<std::string> names;
@@ -37,17 +58,6 @@ std::vector<std::string> usable_isas() {
     return names;
 }
 
-void use_isa(const std::string& name) {
-    std::string known;
-    for (const Kernels* isa : built) {
-        if (!isa->usable()) continue;
-        if (name == isa->name) {
-            chosen() = isa;
-            return;
-        }
-        known += (known.empty() ? "" : ", ") + std::string(isa->name);
-    }
-    throw std::invalid_argument("use_isa: expected one of " + known + ", got '" + name + "'");
-}
+void use_isa(const std::string& name) { chosen = named(name, "use_isa"); }
 
 }  // namespace emocore

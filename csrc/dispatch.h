@@ -1,4 +1,4 @@
-// Which instruction set computes: the widest that this machine has, unless forced.
+// Which instruction set computes: the fastest that this machine has, unless forced.
 #pragma once
 #include <string>
 #include <vector>
@@ -10,6 +10,12 @@ namespace emocore {
 extern const Kernels scalar_kernels;
 #ifdef __x86_64__
 extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
+#ifdef __linux__
+extern const Kernels amx_bf16_kernels;
+#endif
+bool has_avx512();
 #endif
 
 const Kernels& kernels();

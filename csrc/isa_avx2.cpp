@@ -40,7 +40,7 @@ namespace emocore {
 
 static bool usable() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-const Kernels avx2_kernels = {"avx2", usable, stage, label_sums, gram, project, steer_add};
+const Kernels avx2_kernels = {"avx2", usable, usable, stage, label_sums, gram, project, steer_add};
 
 }  // namespace emocore
 #endif

@@ -22,6 +22,6 @@ namespace emocore {
 
 static bool usable() { return true; }
 
-const Kernels scalar_kernels = {"scalar", usable, stage, label_sums, gram, project, steer_add};
+const Kernels scalar_kernels = {"scalar", usable, usable, stage, label_sums, gram, project, steer_add};
 
 }  // namespace emocore

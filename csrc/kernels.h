@@ -56,6 +56,7 @@ struct SteerAdd {
 struct Kernels {
     const char* name;
     bool (*usable)();
+    bool (*worthwhile)();  // and not slower than those before it
     void (*stage)(const Stage&);
     void (*label_sums)(const LabelSums&);
     void (*gram)(const Gram&);

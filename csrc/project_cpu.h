@@ -77,12 +77,13 @@ void dot_block(const Dots<A, R>& dots, int64_t row, int64_t k) {
 
 template <class A, class R, int64_t READERS>
 void dot_rows(const Dots<A, R>& dots, int64_t rows, int64_t k) {
+    constexpr int64_t ROWS = REGISTERS == 32 ? 6 : 3;
     int64_t row = 0;
-    for (; row + 3 <= rows; row += 3) dot_block<A, R, 3, READERS>(dots, row, k);
+    for (; row + ROWS <= rows; row += ROWS) dot_block<A, R, ROWS, READERS>(dots, row, k);
     for (; row < rows; ++row) dot_block<A, R, 1, READERS>(dots, row, k);
 }
 
-// 3 rows by 4 readers: 12 sums, 3 rows and a reader fill AVX2's 16 registers.
+// 3 rows by 4 readers: 12 sums, 3 rows and a reader fill 16 registers; twice the rows where there are 32.
 template <class A, class R>
 void dot_all(const Dots<A, R>& dots, int64_t rows, int64_t K) {
     int64_t k = 0;

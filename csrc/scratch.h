@@ -1,5 +1,9 @@
 // Uninitialised working memory, aligned to a cache line.
 #pragma once
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -8,9 +12,15 @@ namespace emocore {
 
 class Scratch {
   public:
-    explicit Scratch(int64_t bytes)
-        : data_(std::aligned_alloc(64, (static_cast<size_t>(bytes) + 63) / 64 * 64 + 64)) {
+    explicit Scratch(int64_t bytes) {
+        // Fresh memory costs a fault a page: large pages where there is much of it and the system has them.
+        const size_t align = bytes >= 2 * LARGE_PAGE ? LARGE_PAGE : 64;
+        const size_t size = (static_cast<size_t>(bytes) + align) / align * align;
+        data_ = std::aligned_alloc(align, size);
         if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        if (align == LARGE_PAGE) madvise(data_, size, MADV_HUGEPAGE);
+#endif
     }
     ~Scratch() { std::free(data_); }
     Scratch(const Scratch&) = delete;
@@ -18,6 +28,8 @@ class Scratch {
     void* data() const { return data_; }
 
   private:
+    static constexpr int64_t LARGE_PAGE = 2 << 20;
+
     void* data_;
 };
 

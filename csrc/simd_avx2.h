@@ -4,6 +4,8 @@
 namespace emocore {
 namespace {
 
+constexpr int64_t REGISTERS = 16;
+
 template <class A>
 struct Register;
 template <>

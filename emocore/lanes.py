@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import aot, ops
+from . import ops
 from .batches import Batch, Call
 from .control import Fault, Header, Source, Station
 from .errors import ArgumentError, CaptureError, DeviceError, LabelError, ShapeError, TokenError
@@ -71,6 +71,8 @@ class Lane:
         self._heard = self._word.numpy()  # the same memory, read without torch
         ops.LANES[self.handle] = self
         if device.type == "cuda":
+            from . import aot  # with what it needs, not for a CPU
+
             with contextlib.suppress(DeviceError):  # without Triton the reference serves
                 aot.attach(device)
 

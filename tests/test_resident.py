@@ -376,6 +376,18 @@ def test_bad_input_is_named(tokenwise, tiny) -> None:
     model.float()
 
 
+def test_rows_that_a_sink_cannot_take_are_refused_before_they_are_staged(tokenwise) -> None:
+    model, other = tokenwise(dim=5), Moments()
+    other.update(torch.zeros(2, 4))
+    other.tokens = Tokens()
+    for sink, reason in ((Moments(dtype=torch.bfloat16), "narrower"), (other, "width")):
+        before = sink.count
+        tap = capture(model, {"layers.0": sink}, resident=True)
+        with pytest.raises((ArgumentError, ShapeError), match=reason), tap:
+            model(ids(1, 2))
+        assert sink.count == before
+
+
 def test_padding_without_a_mask_is_found_on_the_device(tokenwise) -> None:
     model = tokenwise()
     with pytest.raises(TokenError, match="padding id"), capture(model, "layers.0", Moments, resident=True):
