@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emocore import Moments, Tokens, capture
+from emocore import Calibration, Directions, Moments, Threshold, Tokens, capture, monitor, steer
 
 _spec = importlib.util.spec_from_file_location("replay", Path(__file__).with_name("replay.py"))
 replay = importlib.util.module_from_spec(_spec)
@@ -101,3 +101,71 @@ def test_blocks_that_fill_in_a_replay_are_drained_there(tokenwise, device, monke
         assert torch.equal(mine.covariance(), other.covariance())
         assert mine.count == other.count
     assert taps[0].ledger == taps[1].ledger
+
+
+def vectors(dim: int, device: torch.device) -> Directions:
+    """Three directions, calibrated."""
+    g = torch.Generator().manual_seed(1)
+    readers = nn.functional.normalize(torch.randn(3, dim, generator=g).double(), dim=1)
+    scale = Calibration(torch.randn(3, generator=g).double(), torch.rand(3, generator=g).double() + 0.5, 1000, None)
+    centre, one = torch.randn(dim, generator=g).double(), torch.ones(3).double()
+    return Directions(("calm", "tense", "sad"), readers, readers.float(), centre, 2.0, one, calibration=scale)
+
+
+def test_a_recorded_monitor_follows_the_requests_of_each_batch(tokenwise, device, monkeypatch) -> None:
+    model = tokenwise(dim=5).to(device)
+    watched = {f"layers.{i}": vectors(5, device) for i in range(2)}
+    alarms = {"calm": Threshold(z=0.5, on="token")}
+    shown, mask = torch.zeros(2, B, T, dtype=torch.long, device=device)
+    found, recorder = [], replay.Recorder(monkeypatch)
+    for recorded in (False, True):
+        with torch.no_grad(), monitor(model, watched, alarms, window=4, resident=True) as watch:
+            for i, names in enumerate((["a", "b", "c"], ["c", "a", "d"], ["b", "e", "a"], ["d", "c", "f"])):
+                for memory, value in zip((shown, mask), tokens(i, device), strict=True):
+                    memory.copy_(value)
+                with watch.batch(requests=names):
+                    if recorded and i == 1:
+                        with recorder:
+                            model(shown, attention_mask=mask)
+                    elif recorded and i > 1:
+                        recorder.replay()
+                    else:
+                        model(shown, attention_mask=mask)
+        found.append(watch)
+    eager, replayed = found
+    assert set(replayed.scores["layers.0"]) == set("abcdef")
+    for point in watched:
+        for name, score in eager.scores[point].items():
+            assert torch.equal(replayed.scores[point][name], score)
+    assert replayed.alarms == eager.alarms
+    assert eager.alarms
+    assert replayed.ledger == eager.ledger
+
+
+def test_recorded_steering_takes_the_requests_of_each_batch(tokenwise, device, monkeypatch) -> None:
+    model = tokenwise(dim=5).to(device)
+    plans = {
+        "up": {"add": {"calm": 0.5}},
+        "off": {"ablate": ["tense"]},
+        "if": {"add": {"sad": 1.0}, "when": {"sad": 0.0}},
+    }
+    batches = (["up", None, "off"], ["if", "off", None], [None, "up", "up"], ["off", "if", None])
+    shown = torch.zeros(B, T, dtype=torch.long, device=device)
+    found, recorder = [], replay.Recorder(monkeypatch)
+    for recorded in (False, True):
+        outputs, out = [], None
+        with torch.no_grad(), steer(model, {"layers.0": vectors(5, device)}, requests=plans) as steering:
+            for i, names in enumerate(batches):
+                shown.copy_(tokens(i, device)[0])
+                with steering.batch(requests=names):
+                    if recorded and i == 1:
+                        with recorder:
+                            out = model(shown)
+                    elif recorded and i > 1:
+                        recorder.replay()
+                    else:
+                        out = model(shown)
+                outputs.append(out.clone())
+        found.append(outputs)
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
