@@ -311,9 +311,9 @@ def gram(fake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable
     loaded = aot._load(0, 90, building=False).loaded
     assert loaded == ("emocore_gram_sm90", "emocore_gram2_sm90")
 
-    def call(y: Rows) -> bool:
+    def call(y: Rows, chain: int | None = None) -> bool:
         tensors = (Place(0x1000, torch.int64), y.shape[2], Place(0x2000, torch.int32), Place(0x3000, torch.float64))
-        return gram_cuda.fold_gram(y, *tensors)
+        return gram_cuda.fold_gram(y, *tensors, chain or gram_cuda.CHAIN // y.shape[1])
 
     return call
 
@@ -337,6 +337,7 @@ def test_gram_leaves_what_it_cannot_read(gram: Callable[..., bool], monkeypatch:
     assert not gram(Rows((1, 1, 16384, 384), address=2**22 + 8))
     assert not gram(Rows((1, 1, 16384, 384), contiguous=False))
     assert not gram(Rows((1, 3, 16384, 384)))
+    assert not gram(Rows((1, 1, 16384, 384), address=2**22), chain=256)  # of float16 rows
     monkeypatch.setattr(gram_cuda, "HANDLES", {})
     assert not gram(Rows((1, 1, 16384, 384), address=2**22))
 
