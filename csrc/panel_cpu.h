@@ -31,12 +31,15 @@ struct LineProduct {
         A root[PACK_ROWS];
         for (int64_t r = 0; r < x.rows; ++r) root[r] = static_cast<A>(w ? std::sqrt(w[r]) : 1.0);
         A* lines = static_cast<A*>(packed) + first * PANEL;
-        // Few rows at a time through every panel: reads are streams, writes are whole lines.
-        for (int64_t panel = 0; panel < panels; ++panel, lines += CHAIN_ROWS * PANEL) {
+        // Few rows at a time through every panel, a few lines of each: reads are streams, writes are whole lines.
+        constexpr int64_t LINES = 8;
+        for (int64_t first_panel = 0; first_panel < panels; first_panel += LINES) {
             for (int64_t r = 0; r < x.rows; ++r) {
                 const T* row = row_of<const T>(x, r);
-                __builtin_prefetch(reinterpret_cast<const char*>(row + panel * PANEL) + AHEAD, 0, 2);
-                pack_line(row, panel * PANEL, x.cols, shift, root[r], lines + r * PANEL);
+                for (int64_t p = first_panel; p < least(first_panel + LINES, panels); ++p) {
+                    __builtin_prefetch(reinterpret_cast<const char*>(row + p * PANEL) + AHEAD, 0, 2);
+                    pack_line(row, p * PANEL, x.cols, shift, root[r], lines + (p * CHAIN_ROWS + r) * PANEL);
+                }
             }
         }
     }
@@ -104,6 +107,9 @@ struct LineProduct {
         // Lines that are asked for ahead: the panels of one strip do not fit in the first-level cache.
         constexpr int64_t LINES = 16;
         Vector<A> sum[HEIGHT][WIDTH] = {};
+        // The block may lie far: asked for now, it is here when the sums are.
+        for (int64_t a = 0; REGISTERS == 32 && add && a < HEIGHT; ++a)
+            for (int64_t i = 0; i < WIDTH; ++i) __builtin_prefetch(block + a * PANEL + i * block_step, 1);
         for (int64_t r = 0; r < rows; ++r) {
             Vector<A> y[WIDTH];
             for (int64_t i = 0; i < WIDTH; ++i) {

@@ -202,7 +202,10 @@ def _set(forced: str | None, isa: str | None) -> None:
 
 
 def use(name: str) -> contextlib.AbstractContextManager[None]:
-    """Force an implementation from now on: "auto", "reference", or an instruction set of the extension, such as "avx2".
+    """Force an implementation from now on: "auto", "reference", or an instruction set of the extension.
+
+    Those of x86-64 are "scalar", "avx2", "avx512", "avx512_bf16" and "amx_bf16", as far as this machine has them; the
+    fastest is chosen at the first use, or the one that the environment variable EMOCORE_ISA names.
 
     "triton" serves CPU tensors by the GPU kernels too, under Triton's interpreter (TRITON_INTERPRET=1), and what has no
     kernel by the reference: for tests.

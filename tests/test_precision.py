@@ -110,6 +110,16 @@ def test_few_rows_are_exact_in_any_dtype(dtype: torch.dtype) -> None:
     assert errors(m.covariance(), x)[1] <= precision.BOUND[torch.float64]
 
 
+def test_one_bfloat16_of_a_shifted_row_would_not_do() -> None:
+    """Its rounding is no bias, but 65,536 rows do not average it out: why such rows are multiplied in two parts."""
+    x = rows(torch.bfloat16, 65_536, 1.0, seed=0)
+    y = x.double() - shift_of(x[:8192])
+    parts = [y.bfloat16().double(), (y - y.bfloat16().double()).bfloat16().double()]
+    one, two = (errors(torch.cov(p.T), y)[0] for p in (parts[0], parts[0] + parts[1]))
+    assert 1.5e-5 < one < 2e-4
+    assert two < 0.1 * precision.BOUND[torch.bfloat16]
+
+
 def test_variance_bound_is_the_contract_up_to_the_limit_and_grows_with_the_second_moment() -> None:
     for dtype in DTYPES:
         assert precision.variance_bound(dtype, 0.0) == precision.BOUND[dtype]
