@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import importlib
 import os
 import tempfile
 import time
@@ -89,24 +90,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """On the CPU every case runs on one thread and on two."""
+    if request.config.stash[REPORT].machine.cuda:
+        yield request.param
+        return
     before = torch.get_num_threads()
-    if not request.config.stash[REPORT].machine.cuda:
-        set_threads(request.param)
+    set_threads(request.param)
     yield request.param
     set_threads(before)
 
 
 def set_threads(count: int) -> None:
-    """Of torch, and of the library that numpy multiplies with."""
+    """Of torch, and of the libraries that numpy and scipy multiply with."""
     torch.set_num_threads(count)
-    maps = Path("/proc/self/maps")
-    for path in (
-        {line.split()[-1] for line in maps.read_text().splitlines() if "openblas" in line} if maps.exists() else ()
-    ):
-        library = ctypes.CDLL(path)
-        for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads"):
-            if hasattr(library, name):
-                getattr(library, name)(count)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("scipy.linalg.blas")  # its library obeys once it is loaded
+    importlib.import_module("threadpoolctl").threadpool_limits(count, "blas")
 
 
 @pytest.fixture
