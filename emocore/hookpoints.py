@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from .errors import ArgumentError, HookPointError, near
+from .errors import ArgumentError, CaptureError, HookPointError, near
 
 HookSpec: TypeAlias = str | int | Iterable[str | int]
 
@@ -104,6 +104,21 @@ def check_model(model: nn.Module, made_for: str | None, what: str) -> None:
     if made_for.partition("(")[2] != here.partition("(")[2]:
         raise ArgumentError(
             f"{what}: made for another model", expected=here, got=made_for, way_out="Derive them for this model."
+        )
+
+
+def refuse_compiled(model: nn.Module, what: str) -> None:
+    """Raise CaptureError for a model that was compiled: torch ignores hooks that come after its first run.
+
+    >>> refuse_compiled(nn.Linear(3, 4), "capture")
+    """
+    compiled = hasattr(model, "_orig_mod") or any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
+    )
+    if compiled:
+        raise CaptureError(
+            f"{what}: the model is compiled already, and hooks added now would never run",
+            way_out="Open it on the plain model first, and compile that inside the `with` block.",
         )
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .errors import ArgumentError, CaptureError
-from .hookpoints import bare, read_output
+from .errors import ArgumentError
+from .hookpoints import bare, read_output, refuse_compiled
 from .lanes import Lane
 from .moments import Moments
 from .seats import ROWS
@@ -47,19 +47,8 @@ def residence(
         raise ArgumentError("resident", got=f"True, but {against[0]}", way_out="Use capture(resident=None).")
     if against:
         return None
-    _check_not_compiled(model)
+    refuse_compiled(model, "capture")
     return device
-
-
-def _check_not_compiled(model: nn.Module) -> None:
-    compiled = isinstance(model, torch._dynamo.OptimizedModule) or any(
-        module._compiled_call_impl is not None for module in model.modules()
-    )
-    if compiled:
-        raise CaptureError(
-            "capture: the model is compiled already, and hooks added now would never run",
-            way_out="Open the capture on the plain model first, and compile it inside the `with` block.",
-        )
 
 
 def hooks(lane: Lane, model: nn.Module, modules: Sequence[nn.Module]) -> list[torch.utils.hooks.RemovableHandle]:

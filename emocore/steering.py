@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .directions import Directions, placed
 from .edits import Request
 from .errors import ArgumentError, LabelError, ShapeError, near
-from .hookpoints import read_output, replace_output
+from .hookpoints import read_output, refuse_compiled, replace_output
 from .tables import Edits, Slots
 
 MOST_ROWS = 65536  # sequences, or tokens of a packed batch, whose slots there is memory for
@@ -44,6 +44,7 @@ class Steering:
     def __enter__(self) -> Steering:
         if self._handles:
             raise ArgumentError("steer: this steering is open already", way_out="Call steer(...) again for a second.")
+        refuse_compiled(self.model, "steer")
         tensors = [*self.model.parameters(), *self.model.buffers()]
         weights = {_address(t) for t in tensors}
         modules = dict(self.model.named_modules())
@@ -203,7 +204,7 @@ def steer(
     centred. requests: {name: {"add": ..., "ablate": ..., "clamp": ..., "when": ...}}, of which `Steering.batch` says
     which sequence has which; at most `max_rows` of them, or tokens of a packed batch.
     A mapping of vectors steers each of its hook points at full strength. Strength 0 is bit-exact. Raises ArgumentError,
-    HookPointError, LabelError; ShapeError at a forward.
+    HookPointError, LabelError; CaptureError for a model that is compiled already; ShapeError at a forward.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
     >>> up = torch.tensor([[0.0, 2.0]], dtype=torch.float64)

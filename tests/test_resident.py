@@ -525,5 +525,5 @@ def test_a_model_compiled_before_is_refused(tokenwise) -> None:
     with pytest.raises(CaptureError, match="compiled already"):
         capture(compiled, "_orig_mod.layers.0", Moments, resident=True)
     model.compile(backend="eager")
-    with pytest.raises(CaptureError, match="compile it inside"):
+    with pytest.raises(CaptureError, match="compile that inside"):
         capture(model, "layers.0", Moments, resident=True)

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 
 from emocore.directions import Directions
-from emocore.errors import ArgumentError, LabelError, ShapeError
+from emocore.errors import ArgumentError, CaptureError, LabelError, ShapeError
 from emocore.moments import Moments
 from emocore.steering import Steering, steer
 
@@ -378,3 +378,15 @@ def test_a_batch_that_does_not_say_whose_rows_are_whose_is_refused() -> None:
     alike = steer(model, vectors_of(), **CALM)
     with pytest.raises(ArgumentError, match="steered alike"), alike.batch(["calm"]):
         pass
+
+
+def test_a_model_compiled_before_is_refused() -> None:
+    """torch would ignore the hook and steer nothing, without a word."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    zero, one = torch.zeros(4, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    up = torch.eye(4, dtype=torch.float64)[:1]
+    vectors = Directions(("up",), up, up.float(), centre=zero, mean_norm=1.0, residual=one, hook_point="0")
+    steering = steer(model, vectors, add={"up": 1.0})
+    model.compile(backend="eager")
+    with pytest.raises(CaptureError, match="compiled already"):
+        steering.__enter__()
