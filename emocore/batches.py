@@ -15,6 +15,8 @@ from .pooling import Pool
 from .sinks import Binding
 from .tokens import Layout, Selection, Spans
 
+CACHES = ("past_key_values", "cache")  # names of a forward's key-value cache in transformers, older and newer
+
 
 @dataclass(frozen=True)
 class Call:
@@ -34,7 +36,8 @@ class Call:
         shown = arguments.get("input_ids")
         shown = arguments.get("inputs_embeds") if shown is None else shown
         size = tuple(shown.shape[:2]) if isinstance(shown, Tensor) and shown.dim() > 1 else None
-        length = getattr(arguments.get("past_key_values"), "get_seq_length", None)
+        cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+        length = getattr(cache, "get_seq_length", None)
         past = int(length()) if callable(length) else 0
         mask = arguments.get("attention_mask") if batch.mask is None else batch.mask_of(size, past)
         if mask is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .batches import CACHES
 from .errors import ArgumentError
 from .hookpoints import bare, read_output, refuse_compiled
 from .lanes import Lane
@@ -68,7 +69,7 @@ def hooks(lane: Lane, model: nn.Module, modules: Sequence[nn.Module]) -> list[to
         if shown is None:
             shown = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         mask = given("attention_mask", args, kwargs)
-        cache = given("past_key_values", args, kwargs)
+        cache = next((c for name in CACHES if (c := given(name, args, kwargs)) is not None), None)
         past = 0 if cache is None else cache.get_seq_length()
         past_at = past if isinstance(past, Tensor) else None
         ops.lane_begin(order, mask, shown, past_at, 0 if past_at is not None else past, handle)

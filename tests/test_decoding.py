@@ -1,9 +1,12 @@
 """Decoding: every token of a generation is counted once, with or without a cache, whoever stands beside it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from emocore import Moments, Rows, Tokens, capture
+from emocore.batches import CACHES, Batch, Call
 from emocore.errors import ShapeError, TokenError
 
 PROMPT = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
@@ -175,3 +178,9 @@ def test_another_number_of_sequences_in_one_batch_is_refused(tiny) -> None:
             model(ids)
     tokens = tap.ledger["model.layers.1"].tokens
     assert (tokens.selected, tokens.rolled_back) == (3, 0)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_cache_is_found_under_either_name(name: str) -> None:
+    cache = SimpleNamespace(get_seq_length=lambda: 3)
+    assert Call.of({"input_ids": torch.zeros(1, 2), name: cache}, Batch()).past == 3
