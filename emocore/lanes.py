@@ -50,7 +50,7 @@ class Lane:
         training: bool | None,
         current: Callable[[], Batch | None],
     ) -> None:
-        self.model, self.device, self.optional, self._current = model, device, optional, current
+        self.model, self.device, self._current = model, device, current
         self._training = training
         self.handle = next(_handles)
         self.order = torch.zeros(1, dtype=torch.int64, device=device)  # what a compiled graph orders the ops by
@@ -62,7 +62,7 @@ class Lane:
         self._labels: dict[tuple[str, ...], Tensor] = {}
         self._open: Open | None = None
         self._ignored = False
-        self._sequences = 0  # of the last forward
+        self._last: Plan | None = None  # of the last forward
         self._before = torch.zeros((), dtype=torch.int64, device=device)  # forwards before the open one
         self._fired = torch.zeros(len(rules), dtype=torch.int64, device=device)
         self._row_dtype = next(model.parameters()).dtype
@@ -168,7 +168,7 @@ class Lane:
                 seat.onlooker.reserve(plan, self._row_dtype)
             seat.onlooker.begin(self._current(), plan, past, recording(self.device))
         self._open = Open(plan, call, thread)
-        self._sequences = plan.sequences
+        self._last = plan
 
     @outside_autograd()
     def stage(self, point: int, hidden: Tensor) -> None:
@@ -225,10 +225,9 @@ class Lane:
         pool = seat.pool_for(plan.sequences, flat.shape[1], self.device)
         counted = plan.rank > 0 if plan.ranked else torch.ones_like(plan.rank, dtype=torch.bool)
         keep = plan.dest[seat.rule] >= 0
-        pool.stage(flat, keep, plan.sequence, counted)
         station = self.plans.stations[seat.station]
+        station[Station.BAD] += pool.stage(flat, keep, plan.sequence, counted)
         station[Station.FIRES] += 1
-        station[Station.BAD] += (keep & ~torch.isfinite(flat).all(1)).sum()
 
     @outside_autograd()
     def commit(self) -> None:
@@ -278,11 +277,11 @@ class Lane:
     def close(self, batch: Batch, keep: bool) -> None:
         """Form the pooled rows of a batch that has ended, or drop them; waits for the device."""
         pooling = self.seats.pooling
-        if not pooling or self.committed == int(self._entered):
+        if not pooling or self._last is None or self.committed == int(self._entered):
             return
         for seat in pooling:
             assert seat.pool is not None
-            pooled = seat.pool.close(self._sequences)
+            pooled = seat.pool.close(self._last.sequences)
             seat.binding.form(pooled, batch.ids(seat.binding.labels), keep)
         self._reset_pools()
 
@@ -354,14 +353,9 @@ class Lane:
 
     def _undo(self) -> None:
         """Count a forward that was left open as rolled back."""
-        if self._open is None and int(self.plans.header[Header.OPEN]):
-            plan = self.plans
-            offered = plan.tally[plan.of_station.long(), 0]
-            lost = plan.stations[:, Station.FIRES] * offered
-            plan.stations[:, Station.OFFERED] += lost
-            plan.stations[:, Station.ROLLED_BACK] += lost
-            plan.stations[:, : Station.MISSED].zero_()
-            plan.header[Header.OPEN].zero_()
+        if self._open is None and self._last is not None and int(self.plans.header[Header.OPEN]):
+            ops.step("undo", self.device)(self._last)
+            self.plans.header[Header.OPEN].zero_()
 
 
 def _check_mask(mask: Tensor | None, size: tuple[int, int]) -> None:

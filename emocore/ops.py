@@ -134,6 +134,7 @@ def _triton(op: str) -> Callable[..., Any] | None:
 
 # Steps of a capture whose statistics stay on the device (docs/gpu.md): they run inside an op, and are none themselves.
 STEPS: dict[str, Callable[..., Any]] = {
+    "undo": reference_forward.undo_ref,
     "begin": reference_forward.begin_ref,
     "stage_rows": reference_forward.stage_rows_ref,
     "place_labels": reference_forward.place_labels_ref,

@@ -99,20 +99,23 @@ class DevicePool:
         self._sums.copy_(self._empty)
         self._words.zero_()
 
-    def stage(self, x: Tensor, keep: Tensor, sequence: Tensor, counted: Tensor) -> None:
-        """Take the kept positions of x [N, D]; sequence [N], and whether a position's norm counts [N]."""
-        finite = torch.isfinite(x).all(1)
-        good = keep & finite
+    def stage(self, x: Tensor, keep: Tensor, sequence: Tensor, counted: Tensor) -> Tensor:
+        """Take the kept positions of x [N, D]; sequence [N], and whether a position's norm counts [N].
+
+        Returns how many of them are not finite [].
+        """
+        good = keep & torch.isfinite(x).all(1)
+        bad = keep & ~good
         labels = torch.where(good, sequence, -1).int()
         norms = torch.where(good & counted, torch.linalg.vector_norm(x, dim=1, dtype=torch.float64), 0.0)
-        words = torch.stack([good, keep & ~finite, norms, good & counted], 1).double()
+        words = torch.stack([good, bad, norms, good & counted], 1).double()
         at = torch.where(keep, sequence, 0).int()
         self._new_words.zero_()
         ops.label_sums(words, at, None, self._zero.new_zeros(4), self._new_words, None)
         self._new.copy_(self._empty)
         if self.kind == "mean":
             ops.label_sums(x, labels, None, self._zero, self._new, None)
-            return
+            return bad.sum()
         place = torch.where(good, sequence, self.sequences).long()  # one place more, for what is not kept
         room = torch.cat([self._new, self._empty])
         if self.kind == "max":
@@ -122,6 +125,7 @@ class DevicePool:
             last.scatter_reduce_(0, place, torch.arange(len(x), device=x.device), "amax")
             room = torch.where((last >= 0).unsqueeze(1), x[last.clamp_min(0)].double(), 0.0)
         self._new.copy_(room[:-1])
+        return bad.sum()
 
     def commit(self, whole: Tensor) -> None:
         """Keep what the last forward brought, where `whole` is 1 and not 0."""

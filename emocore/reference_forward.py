@@ -16,7 +16,7 @@ from .control import Fault, Header, Source, Station, Tally
 
 def begin_ref(plan: Any, mask: Tensor | None, shown: Tensor | None, past: Tensor | int, written: int) -> None:
     """Open a forward: undo one that was left open, and lay out the positions of this one (see plans.Plan)."""
-    _undo(plan)
+    undo_ref(plan)
     b, t = plan.sequences, plan.length
     lane = torch.arange(plan.positions, device=plan.rank.device)
     if plan.bounds is None:
@@ -61,8 +61,8 @@ def begin_ref(plan: Any, mask: Tensor | None, shown: Tensor | None, past: Tensor
     plan.header[Header.UNMASKED] = int(mask is None and plan.bounds is None)
 
 
-def _undo(plan: Any) -> None:
-    """Count what an open forward has staged as rolled back."""
+def undo_ref(plan: Any) -> None:
+    """Count what a forward that was left open has staged as rolled back."""
     lost = plan.header[Header.OPEN] * plan.stations[:, Station.FIRES] * plan.tally[plan.rules, Tally.OFFERED]
     plan.stations[:, Station.OFFERED] += lost
     plan.stations[:, Station.ROLLED_BACK] += lost
