@@ -83,6 +83,7 @@ class Batch:
         self.labels, self.mask, self.cu_seqlens, self.spans = labels, mask, cu_seqlens, spans
         self.requests = requests
         self.seen: Tensor | None = None
+        self.sequences: int | None = None  # of a capture on the device, once a forward has shown them
         self.pools: dict[Binding, Pool] = {}
         self._prompt: int | None = None  # positions after the first forward
         self._shown: Tensor | None = None  # of the last forward without a cache

@@ -296,6 +296,14 @@ class Lane:
         return self._labels[names]
 
     def _check_sizes(self, batch: Batch, plan: Plan) -> None:
+        if plan.ranked and batch.sequences not in (None, plan.sequences):
+            raise ShapeError(
+                "tap.batch: its forwards show different numbers of sequences",
+                expected=batch.sequences,
+                got=plan.sequences,
+                way_out="Open one tap.batch for each batch of sequences.",
+            )
+        batch.sequences = plan.sequences
         if batch.requests is not None and len(batch.requests) != plan.sequences:
             raise ArgumentError("requests", expected=f"{plan.sequences} ids, one a sequence", got=len(batch.requests))
         for names in self.seats.labels:

@@ -355,6 +355,10 @@ def test_bad_input_is_named(tokenwise, tiny) -> None:
             model(ids(1, 2))
         with pytest.raises(ShapeError, match="labels"), tap.batch(labels=["calm"] * 3):
             model(ids(2, 4))
+        with tap.batch(labels=0 * ids(2, 4)):
+            model(ids(2, 4))
+            with pytest.raises(ShapeError, match="different numbers of sequences"):
+                model(ids(4, 2))
         with pytest.raises(ShapeError, match="attention_mask"), tap.batch(labels=["calm"] * 2):
             model(ids(2, 4), attention_mask=torch.ones(1, 2, 4, 4))
         with pytest.raises(ShapeError, match="cu_seqlens"), tap.batch(labels=["calm"], cu_seqlens=torch.tensor([1, 4])):
