@@ -16,8 +16,9 @@ class GramRun {
     using A = typename Product::Sum;
 
   public:
-    explicit GramRun(const Gram& job)
+    explicit GramRun(const Gram& job, const Product& product = {})
         : job_(job),
+          product_(product),
           threads_(team(job.threads, job.rows.rows * D * ceil_div(D, 32))),
           shift_memory_(panels * P * sizeof(A)),
           packed_memory_(group * chain_bytes),
@@ -60,7 +61,7 @@ class GramRun {
         if (x.rows <= 0) return;
         x.data = static_cast<char*>(x.data) + row * x.stride * Product::ELEMENT;
         const double* weights = job_.weights ? job_.weights + row : nullptr;
-        Product::pack(x, weights, array<A>(shift_memory_), first, panels, packed(slot, 0));
+        product_.pack(x, weights, array<A>(shift_memory_), first, whole, packed(slot, 0));
     }
 
     // Panel a against the panels of tile column j.
@@ -82,6 +83,7 @@ class GramRun {
 
     // tile += block where the columns exist.    block: [PANEL, PANEL], tile: [TILE, TILE] float64.
     void fold(const A* block, double* tile, int64_t a, int64_t b) const {
+        if (a >= whole) return product_.fold_more(block, (a - whole) * P, b * P);
         const int64_t rows = least(P, D - a * P), columns = least(P, D - b * P);
         double* corner = tile + a % STRIPS * P * TILE + b % STRIPS * P;
         for (int64_t r = 0; r < rows; ++r)
@@ -90,8 +92,10 @@ class GramRun {
     }
 
     const Gram& job_;
+    const Product product_;
     const int64_t N = job_.rows.rows, D = job_.rows.cols;
-    const int64_t panels = ceil_div(D, P), tiles = ceil_div(D, TILE), chains = ceil_div(N, CHAIN_ROWS);
+    const int64_t whole = ceil_div(D, P), panels = whole + product_.more();  // past the whole: what a product adds
+    const int64_t tiles = ceil_div(panels, STRIPS), chains = ceil_div(N, CHAIN_ROWS);
     const int64_t chain_bytes = panels * Product::PANEL_BYTES;
     const int64_t group =
         least(most(1, chains), chain_bytes > PACKED_BYTES ? Product::FAR_CHAINS : PACKED_BYTES / chain_bytes);

@@ -39,6 +39,8 @@
 #include "project_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
+#include "parts_avx512.h"
+
 #include "tiles_amx.h"
 
 #ifdef __clang__

@@ -37,6 +37,8 @@
 #include "project_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
+#include "parts_avx512.h"
+
 #include "pairs_avx512.h"
 
 #ifdef __clang__

@@ -1,30 +1,72 @@
-// The packed product under gram for bfloat16 rows about zero on AVX512_BF16: a line holds a pair of rows.
+// The packed product under gram for bfloat16 rows on AVX512_BF16: a line holds a pair of rows.
 #pragma once
 
 namespace emocore {
 namespace {
 
-// As panel_cpu.h says of a product; rows are multiplied as they come, so the shift must be zero.
+// The columns that are not about zero, each of which has a low part in panels past those of all columns.
+struct Moved {
+    const int32_t* columns;  // [count]
+    int64_t count;
+    double* sums;  // [panels of count, panels of all and of count] x PANEL columns each: low parts by every part
+    int64_t width;
+};
+
+// As panel_cpu.h says of a product. y = x - shift is the sum of two bfloat16; where the shift is zero the second is,
+// and it is left out.
 struct PairProduct {
     using Sum = float;
     static constexpr int64_t ELEMENT = sizeof(BFloat16), PANEL = 16, CHAIN_ROWS = CHAIN, PACK_ROWS = 16;
     static constexpr int64_t PANEL_BYTES = CHAIN_ROWS / 2 * 64, FAR_CHAINS = 4, TURN_TILES = 4;
 
-    // packed[panel, line] = 16 columns of two rows, interleaved; zero past D and past the last row.
-    static void pack(const Rows& x, const double*, const float*, int64_t first, int64_t panels, void* packed) {
-        char* lines = static_cast<char*>(packed) + first / 2 * 64;
-        for (int64_t panel = 0; panel < panels; ++panel, lines += PANEL_BYTES)
-            for (int64_t r = 0; r < x.rows; r += 2)
-                _mm512_store_si512(lines + r * 32, _mm512_or_si512(_mm512_srli_epi32(line(x, r, panel), 16),
-                                                                   line(x, r + 1, panel)));
+    Moved moved;
+
+    int64_t more() const { return ceil_div(moved.count, PANEL); }
+
+    // sums += block, from its row and column on.
+    void fold_more(const float* block, int64_t row, int64_t column) const {
+        for (int64_t r = 0; r < PANEL; ++r)
+            for (int64_t c = 0; c < PANEL; ++c)
+                moved.sums[(row + r) * moved.width + column + c] += static_cast<double>(block[r * PANEL + c]);
     }
 
-    // Columns of a row in the upper halves.
-    static __m512i line(const Rows& x, int64_t r, int64_t panel) {
-        if (r >= x.rows) return __m512i{};
+    // packed[panel, line] = 16 columns of two rows, interleaved; zero past D and past the last row.
+    void pack(const Rows& x, const double*, const float* shift, int64_t first, int64_t panels, void* packed) const {
+        char* lines = static_cast<char*>(packed) + first / 2 * 64;
+        const auto each = [&](const auto& line) {
+            for (int64_t r = 0; r < x.rows; r += 2) {
+                const __m512i odd = r + 1 < x.rows ? line(r + 1) : __m512i{};
+                _mm512_store_si512(lines + r * 32, _mm512_or_si512(_mm512_srli_epi32(line(r), 16), odd));
+            }
+            lines += PANEL_BYTES;
+        };
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const __m512 s = load<float>(shift + panel * PANEL);
+            if (moved.count && _mm512_cmp_ps_mask(s, __m512{}, _CMP_NEQ_UQ))
+                each([&](int64_t r) { return split(columns(x, r, panel) - s).high; });
+            else
+                each([&](int64_t r) { return _mm512_castps_si512(columns(x, r, panel)); });
+        }
+        for (int64_t panel = 0; panel < more(); ++panel)
+            each([&](int64_t r) { return low(x, r, panel, shift); });
+    }
+
+    static __m512 columns(const Rows& x, int64_t r, int64_t panel) {
         const BFloat16* row = row_of<const BFloat16>(x, r) + panel * PANEL;
         const int64_t count = x.cols - panel * PANEL;
-        return _mm512_castps_si512(count >= PANEL ? load<float>(row) : load_some<float>(row, count));
+        return count >= PANEL ? load<float>(row) : load_some<float>(row, count);
+    }
+
+    __m512i low(const Rows& x, int64_t r, int64_t panel, const float* shift) const {
+        const BFloat16* row = row_of<const BFloat16>(x, r);
+        alignas(64) BFloat16 picked[PANEL] = {};
+        alignas(64) float about[PANEL] = {};
+        for (int64_t i = 0; i < least(PANEL, moved.count - panel * PANEL); ++i) {
+            const int64_t d = moved.columns[panel * PANEL + i];
+            picked[i] = row[d];
+            about[i] = shift[d];
+        }
+        return split(load<float>(picked) - load<float>(about)).low;
     }
 
     static void multiply(const void* left, const void* right, int64_t count, int64_t rows, float* blocks,
@@ -71,19 +113,50 @@ struct PairProduct {
     }
 };
 
-bool about_zero(const Gram& job) {
-    for (int64_t d = 0; d < job.rows.cols; ++d)
-        if (job.shift[d] != 0) return false;
-    return true;
+// tiles += what the low parts add: low i by high j to (i, j), low i by low j once for both orders.
+void add_low(const Gram& job, const Moved& moved, int64_t lows) {
+    const auto add = [&](int64_t i, int64_t j, double sum) {
+        const int64_t row = most(i, j), column = least(i, j), a = row / TILE, b = column / TILE;
+        job.tiles[((a * (a + 1) / 2 + b) * TILE + row % TILE) * TILE + column % TILE] += sum;
+    };
+    for (int64_t m = 0; m < moved.count; ++m) {
+        const int64_t i = moved.columns[m];
+        const double* sums = moved.sums + m * moved.width;
+        for (int64_t j = 0; j < job.rows.cols; ++j) add(i, j, i == j ? 2 * sums[j] : sums[j]);
+        for (int64_t n = 0; n <= m; ++n) add(i, moved.columns[n], sums[lows + n]);
+    }
 }
 
-// y = x - shift would need more bits than a bfloat16 has, and its rounding shows: by up to 1e-4 of a variance
-// over 20,000 rows. Rows about another shift, and weighted ones, are multiplied in float32.
+// Rows of which few columns are about another shift than zero, a block at a time: the tree of sums is a block's.
+void gram_moved(const Gram& job, const int32_t* columns, int64_t count) {
+    constexpr int64_t P = PairProduct::PANEL, BLOCK_ROWS = CHAIN * BLOCK_CHAINS;
+    const int64_t lows = ceil_div(job.rows.cols, P) * P, more = ceil_div(count, P) * P, width = lows + more;
+    const Scratch sums_memory(more * width * sizeof(double));
+    const Moved moved{columns, count, array<double>(sums_memory), width};
+    for (int64_t first = 0; first < job.rows.rows; first += BLOCK_ROWS) {
+        Gram block = job;
+        block.rows.data = const_cast<BFloat16*>(row_of<const BFloat16>(job.rows, first));
+        block.rows.rows = least(BLOCK_ROWS, job.rows.rows - first);
+        std::memset(moved.sums, 0, more * width * sizeof(double));
+        GramRun<PairProduct>(block, {moved}).run();
+        add_low(block, moved, lows);
+    }
+}
+
+// With more low parts float32 is as fast; weights, and shifts of many bits, do not fit in two parts.
 void gram_bfloat16(const Gram& job) {
-    if (job.rows.dtype == DType::bfloat16 && !job.weights && about_zero(job))
-        GramRun<PairProduct>(job).run();
-    else
+    const int64_t D = job.rows.cols;
+    const Scratch columns_memory(D * sizeof(int32_t));
+    int32_t* columns = array<int32_t>(columns_memory);
+    int64_t count = 0;
+    for (int64_t d = 0; d < D; ++d)
+        if (job.shift[d] != 0) columns[count++] = static_cast<int32_t>(d);
+    if (count * 5 > D || !as_parts(job))
         gram(job);
+    else if (count)
+        gram_moved(job, columns, count);
+    else
+        GramRun<PairProduct>(job).run();
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 namespace emocore {
 namespace {
 
-// What gram asks of a product, beside pack and multiply as below:
+// What gram asks of a product, beside pack and multiply as below, and fold_more where there is more:
 //   Sum, ELEMENT   the type of its sums, the bytes of an element that it reads
 //   PANEL          columns of a panel, a divisor of TILE
 //   CHAIN_ROWS     rows that one register sums
@@ -12,6 +12,7 @@ namespace {
 //   PANEL_BYTES    of a packed panel of one chain
 //   FAR_CHAINS     packed together where one chain alone does not stay near: the sums of a block, which do not
 //                  either, are then fetched once for all of them
+//   more()         panels past those of the columns
 //   TURN_TILES     rows of tiles whose strips take turns with one column of tiles: their packed columns should
 //                  stay in the second-level cache while the others pass by
 // A and T are the types that rows are multiplied in and come in.
@@ -20,6 +21,9 @@ struct LineProduct {
     using Sum = A;
     static constexpr int64_t ELEMENT = sizeof(T), PANEL = 64 / sizeof(A), CHAIN_ROWS = CHAIN, PACK_ROWS = 16;
     static constexpr int64_t PANEL_BYTES = CHAIN_ROWS * PANEL * sizeof(A), FAR_CHAINS = 4, TURN_TILES = 4;
+
+    static constexpr int64_t more() { return 0; }
+    static void fold_more(const A*, int64_t, int64_t) {}
 
     // Bytes of a row that are asked for before they are packed.
     static constexpr int64_t AHEAD = 1024;

@@ -34,18 +34,6 @@ inline void transpose(__m512i* x) {
     }
 }
 
-// y = x - shift to 16 bits as the sum of two bfloat16, high and low, so that no rounding of y is left to show. A
-// column about zero is its own high part. Bits in the upper halves, zero below.
-struct Parts {
-    __m512i high, low;
-};
-
-inline Parts split(__m512 y) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    const __m512i high = _mm512_and_si512(rounded(y), upper);
-    return {high, _mm512_and_si512(rounded(y - _mm512_castsi512_ps(high)), upper)};
-}
-
 // As panel_cpu.h says of a product. A step is 32 rows; a panel keeps its tiles as [part][side][step][half]: on the
 // left a tile has a line a column, on the right a line a pair of rows.
 struct TileProduct {
@@ -56,6 +44,9 @@ struct TileProduct {
     static constexpr int64_t PART_BYTES = 2 * SIDE_BYTES, FLAGS = 2 * PART_BYTES;
     static constexpr int64_t PANEL_BYTES = FLAGS + 64;  // a byte a step: whether there are low parts
     static constexpr int64_t FAR_CHAINS = 1, TURN_TILES = 8;
+
+    static constexpr int64_t more() { return 0; }
+    static void fold_more(const float*, int64_t, int64_t) {}
 
     static void pack(const Rows& x, const double*, const float* shift, int64_t first, int64_t panels,
                      void* packed) {
@@ -194,20 +185,9 @@ struct TileProduct {
     }
 };
 
-// Whether x - s keeps to 16 bits, all but the smallest: s is written in few itself, as those that freeze are.
-inline bool is_short(double s) {
-    constexpr uint32_t BEYOND = 0xfff;  // of the 24 bits of a float, those past the first 12
-    const float narrow = static_cast<float>(s);
-    uint32_t bits;
-    std::memcpy(&bits, &narrow, sizeof bits);
-    return narrow == s && !(bits & BEYOND);
-}
-
 // Rows about another shift, and weighted ones, are multiplied in float32.
 void gram_bfloat16(const Gram& job) {
-    bool fits = job.rows.dtype == DType::bfloat16 && !job.weights;
-    for (int64_t d = 0; fits && d < job.rows.cols; ++d) fits = is_short(job.shift[d]);
-    if (fits)
+    if (as_parts(job))
         GramRun<TileProduct>(job).run();
     else
         gram(job);

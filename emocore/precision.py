@@ -16,8 +16,9 @@ float32, a column that takes few values, or that few rows make up, errs more, as
 (1) Two instruction sets multiply bfloat16 rows without weights as bfloat16, where that loses nothing; everything else
 in float32. Products of bfloat16 are exact in float32; those under its smallest normal number, and operands under it,
 are nothing to these instructions.
-- avx512_bf16 (VDPBF16PS), where every shift is 0: the two products of a pair of rows are added to the sum one after
-  the other, each rounded to nearest. The tree is the one above.
+- avx512_bf16 (VDPBF16PS), where shifts have at most 12 bits and four columns of five are about 0: the two products of a
+  pair of rows are added to the sum one after the other, each rounded to nearest. The tree is the one above. A column
+  about another shift is the sum of two bfloat16, which hold 16 bits of y, and counts as two.
 - amx_bf16 (TDPBF16PS), where every shift has at most 12 bits: y is the sum of two bfloat16, which hold 16 bits of it,
   and all four products are taken. 16 even and 16 odd rows are summed apart, then together, then added to the chain; a
   chain is 512 rows, a block 16 chains. Variances err by 1e-7 about such shifts.

@@ -15,6 +15,7 @@ from .linalg import pack_tiles, tile_count, tile_diagonal, unpack_tiles
 from .precision import TILE
 
 RUNS = 31  # of a block, whose medians set the shift
+NEAR_ZERO = 0.75  # deviations that the mean of a bfloat16 column may lie from a shift of zero
 PIECE_ROWS = 64  # fewest float64 rows that are summed on their own
 PIECE_SUMS = 2048  # most sums [D] that the pieces of a block may take
 
@@ -237,7 +238,8 @@ def shift_of(rows: Tensor, weights: Tensor | None = None) -> Tensor:
 
     The median over runs of consecutive rows of the run's mean, so that a few huge rows cannot move it, rounded to a
     multiple of a power of two g <= std: at most std/2 away. x - s is then short too, and sums of squares of 16-bit rows
-    hardly round. A constant column gives its value.
+    hardly round. A constant column gives its value. bfloat16 rows, whose products are exact as they come, stay about
+    zero up to NEAR_ZERO deviations.
     """
     n, dim = rows.shape
     runs = min(RUNS, 1 + n // 16)
@@ -254,6 +256,8 @@ def shift_of(rows: Tensor, weights: Tensor | None = None) -> Tensor:
     variance = (squares / size - (sums / size) ** 2).clamp_min(0.0).nanmedian(0).values
     grid = torch.exp2(variance.sqrt().log2().floor())
     shift = torch.where(grid > 0, (mean / grid).round() * grid, mean)
+    if rows.dtype == torch.bfloat16:
+        shift = shift.where(mean**2 > NEAR_ZERO**2 * variance, 0.0)
     if precision.accumulator(rows.dtype) == torch.float32:
         shift = shift.float().double()
     return torch.where((squares == 0).all(0), base, shift)

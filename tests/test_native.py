@@ -199,11 +199,13 @@ def test_gram(isa: str, dtype: torch.dtype, D: int) -> None:
 
 
 @each_width
-@pytest.mark.parametrize("about", ["zero", "some", "all"])
+@pytest.mark.parametrize("about", ["zero", "few", "some", "all"])
 def test_gram_of_bfloat16_about_short_shifts(isa: str, D: int, about: str) -> None:
     rng = np.random.default_rng(D)
     shift = np.round(8 * rng.standard_normal(D)) / 8
-    if about != "all":
+    if about == "few":
+        shift[np.arange(D) % 5 != 4] = 0
+    elif about != "all":
         shift[0 if about == "zero" else D // 2 :] = 0
     for n in (*ROWS, 512, 1100):
         x = random_rows(n, D, torch.bfloat16, seed=n)
@@ -380,10 +382,11 @@ def test_rounds_of_packed_rows_wait_for_each_other(threads: int) -> None:
     assert np.array_equal(gram(x), gram(x, threads=threads))
 
 
+@pytest.mark.parametrize("moved", [7, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=DTYPES.get)
-def test_rounds_of_one_chain_or_several(isa: str, dtype: torch.dtype) -> None:
+def test_rounds_of_one_chain_or_several(isa: str, dtype: torch.dtype, moved: int) -> None:
     """Wide rows: a block outlives the round that began it, and strips of many tiles take turns."""
-    x, shift = random_rows(1330, 1100, dtype), np.where(np.arange(1100) % 100 < 50, 0.0, 0.5)
+    x, shift = random_rows(1330, 1100, dtype), np.where(np.arange(1100) % 100 < moved, 0.5, 0.0)
     y = x.double().numpy() - shift
     one = gram(x, None, shift)
     np.testing.assert_allclose(lower(one, 1100), np.tril(y.T @ y), rtol=0, atol=ROUNDING[dtype] * 1330 * 2)
@@ -404,12 +407,13 @@ def test_label_sums_do_not_know_where_calls_were_cut(cuts: list[int], runs: bool
     assert np.array_equal(whole, parts)
 
 
-def test_gram_calls_of_whole_blocks_add_up_to_one(isa: str) -> None:
-    block = _C.CHAIN * _C.BLOCK_CHAINS
-    x, tiles = random_rows(2 * block + 300, 40, torch.float32), np.zeros((1, 128, 128))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=DTYPES.get)
+def test_gram_calls_of_whole_blocks_add_up_to_one(isa: str, dtype: torch.dtype) -> None:
+    block, shift = _C.CHAIN * _C.BLOCK_CHAINS, np.where(np.arange(40) % 9 == 3, 0.25, 0.0)
+    x, tiles = random_rows(2 * block + 300, 40, dtype), np.zeros((1, 128, 128))
     for a, b in ((0, block), (block, 2 * block + 300)):
-        _C.gram(view(x[a:b]), None, np.zeros(40), tiles, 2)
-    assert np.array_equal(tiles, gram(x))
+        _C.gram(view(x[a:b]), None, shift, tiles, 2)
+    assert np.array_equal(tiles, gram(x, None, shift))
 
 
 @each_dtype
@@ -442,14 +446,15 @@ def test_gram_keeps_the_contract(isa: str, dtype: torch.dtype, ratio: float) -> 
     assert error.max() <= CONTRACT[dtype]
 
 
+@pytest.mark.parametrize("every", [1, 5])
 @pytest.mark.parametrize("ratio", [0, 0.5, 1, 2, 3, 10, 100])
-def test_bfloat16_products_round_no_row(isa: str, ratio: float) -> None:
+def test_bfloat16_products_round_no_row(isa: str, ratio: float, every: int) -> None:
     """About shifts like those that freeze, multiples of a power of two near the deviation; the rows' own rounding is
     the same for all."""
     n, D, rng = 20_000, 40, np.random.default_rng(5)
     scale = np.exp(rng.uniform(-9, 9, D))
     mixed = rng.standard_normal((n, D)) + 0.5 * rng.standard_normal((n, 1))
-    x = torch.from_numpy((mixed + ratio) * scale).bfloat16()
+    x = torch.from_numpy((mixed + ratio * (np.arange(D) % every == 0)) * scale).bfloat16()
     X = x.double().numpy()
     grid = 2 ** np.floor(np.log2(X.std(0)))
     shift = np.round(X.mean(0) / grid) * grid
