@@ -14,7 +14,8 @@ struct DTypeFacts {
 
 constexpr DTypeFacts facts[] = {
     {DType::float64, "float64", 8}, {DType::float32, "float32", 4}, {DType::bfloat16, "bfloat16", 2},
-    {DType::int64, "int64", 8},     {DType::int32, "int32", 4},     {DType::uint8, "uint8", 1},
+    {DType::float16, "float16", 2}, {DType::int64, "int64", 8},     {DType::int32, "int32", 4},
+    {DType::uint8, "uint8", 1},
 };
 
 std::string shape_text(int64_t rows, int64_t cols) {

@@ -1,4 +1,4 @@
-// The kernels for AVX2 and FMA.
+// The kernels for AVX2, FMA and F16C.
 #ifdef __x86_64__
 #include <immintrin.h>
 
@@ -13,10 +13,10 @@
 // Only what follows may use AVX2: an inline function of a shared header, compiled for it here, could be the
 // copy that the linker keeps for older machines too.
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #include "simd_avx2.h"
@@ -38,7 +38,9 @@
 
 namespace emocore {
 
-static bool usable() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static bool usable() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 
 const Kernels avx2_kernels = {"avx2", usable, usable, stage, label_sums, gram, project, steer_add};
 

@@ -32,6 +32,14 @@ inline __m512d load_some<double>(const BFloat16* x, int64_t count) {
     return _mm512_cvtps_pd(_mm512_castps512_ps256(
         widened(_mm256_castsi128_si256(_mm_maskz_loadu_epi16(first_lanes(count), x)))));
 }
+template <>
+inline __m512 load_some<float>(const Float16* x, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), x));
+}
+template <>
+inline __m512d load_some<double>(const Float16* x, int64_t count) {
+    return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_maskz_loadu_epi16(first_lanes(count), x)));
+}
 
 template <>
 inline void store_some<float>(float* out, int64_t count, __m512 x) {
@@ -44,6 +52,10 @@ inline void store_some<double>(double* out, int64_t count, __m512d x) {
 template <>
 inline void store_some<float>(BFloat16* out, int64_t count, __m512 x) {
     _mm256_mask_storeu_epi16(out, first_lanes(count), narrowed(x));
+}
+template <>
+inline void store_some<float>(Float16* out, int64_t count, __m512 x) {
+    _mm256_mask_storeu_epi16(out, first_lanes(count), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 }  // namespace

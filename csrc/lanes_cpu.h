@@ -35,8 +35,10 @@ void with_element(DType dtype, const Body& body) {
         body(double{});
     else if (dtype == DType::float32)
         body(float{});
-    else
+    else if (dtype == DType::bfloat16)
         body(BFloat16{});
+    else
+        body(Float16{});
 }
 
 template <class A>

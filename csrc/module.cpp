@@ -27,6 +27,7 @@ DType numpy_dtype(const py::array& array, const std::string& name) {
     if (py::isinstance<py::array_t<int64_t>>(array)) return DType::int64;
     if (py::isinstance<py::array_t<int32_t>>(array)) return DType::int32;
     if (py::isinstance<py::array_t<uint8_t>>(array)) return DType::uint8;
+    if (array.dtype().equal(py::dtype("float16"))) return DType::float16;
     throw std::invalid_argument(name + " has dtype " + std::string(py::str(array.dtype())) +
                                 ", which no kernel reads");
 }
@@ -83,7 +84,8 @@ Array array(const char* name, const py::object& object) {
 
 Rows activations(const Array& array) {
     if (array.view.cols == 0) throw std::invalid_argument(array.name + " must have D >= 1 columns, got 0");
-    return expect(array, {DType::float64, DType::float32, DType::bfloat16}, array.view.rows, array.view.cols);
+    return expect(array, {DType::float64, DType::float32, DType::bfloat16, DType::float16}, array.view.rows,
+                  array.view.cols);
 }
 
 // The elements of an optional 1-D array.

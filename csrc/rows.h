@@ -8,7 +8,11 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-enum class DType { float64, float32, bfloat16, int64, int32, uint8 };
+struct Float16 {
+    uint16_t bits;
+};
+
+enum class DType { float64, float32, bfloat16, float16, int64, int32, uint8 };
 
 // [rows, cols], `stride` elements from one row to the next.
 struct Rows {

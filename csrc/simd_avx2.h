@@ -1,4 +1,4 @@
-// AVX2 + FMA: 8 lanes of float, 4 of double.
+// AVX2 + FMA + F16C: 8 lanes of float, 4 of double.
 #pragma once
 
 namespace emocore {
@@ -48,6 +48,14 @@ inline __m256d load<double>(const BFloat16* x) {
     const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
     return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16)));
 }
+template <>
+inline __m256 load<float>(const Float16* x) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+template <>
+inline __m256d load<double>(const Float16* x) {
+    return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+}
 
 inline void store(double* out, __m256d x) { _mm256_storeu_pd(out, x); }
 inline void store(float* out, __m256 x) { _mm256_storeu_ps(out, x); }
@@ -62,6 +70,9 @@ inline void store(BFloat16* out, __m256 x) {
     const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
+}
+inline void store(Float16* out, __m256 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 template <class A>

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL): 16 lanes of float, 8 of double.
+// AVX-512 (F, BW, DQ, VL) + F16C: 16 lanes of float, 8 of double.
 #pragma once
 
 namespace emocore {
@@ -48,6 +48,14 @@ inline __m512d load<double>(const BFloat16* x) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
     return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
 }
+template <>
+inline __m512 load<float>(const Float16* x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+template <>
+inline __m512d load<double>(const Float16* x) {
+    return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
 
 inline void store(double* out, __m512d x) { _mm512_storeu_pd(out, x); }
 inline void store(float* out, __m512 x) { _mm512_storeu_ps(out, x); }
@@ -68,6 +76,9 @@ inline __m256i narrowed(__m512 x) {
 }
 inline void store(BFloat16* out, __m512 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), narrowed(x));
+}
+inline void store(Float16* out, __m512 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 template <class A>

@@ -12,16 +12,29 @@ using Vector = A;
 template <class A>
 constexpr int64_t LANES = 1;
 
-inline float widen(BFloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+inline float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+
+// A subnormal is a count of 2^-24; the others have their exponent moved, infinities and NaNs to the top.
+inline float widen(Float16 x) {
+    const uint32_t sign = (x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
+    const uint32_t moved = (size << 13) + ((size < 0x7c00 ? 112u : 224u) << 23);
+    return float_of(sign | (size < 0x400 ? bits_of(static_cast<float>(size) * 0x1p-24f) : moved));
 }
 
 template <class A, class T>
 inline A load(const T* x) {
-    if constexpr (sizeof(T) == sizeof(BFloat16))
+    if constexpr (std::is_class_v<T>)
         return widen(*x);
     else
         return static_cast<A>(*x);
@@ -32,10 +45,22 @@ inline void store(float* out, float x) { *out = x; }
 
 // Round to nearest even; a NaN stays one.
 inline void store(BFloat16* out, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t bits = bits_of(x);
     const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
     out->bits = static_cast<uint16_t>((x != x ? bits | 0x400000 : rounded) >> 16);
+}
+inline void store(Float16* out, float x) {
+    const uint32_t sign = bits_of(x) >> 16 & 0x8000, size = bits_of(x) & 0x7fffffff;
+    uint32_t bits;
+    if (x != x)
+        bits = 0x7e00 | (size >> 13 & 0x3ff);
+    else if (size >= 0x477ff000)  // halfway from the largest to the next power of two
+        bits = 0x7c00;
+    else if (size < 0x38800000)  // subnormal: beside 0.5, a unit of the last place is 2^-24
+        bits = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
+    else
+        bits = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+    out->bits = static_cast<uint16_t>(sign | bits);
 }
 
 template <class A>

@@ -3,7 +3,7 @@
 
 A NumPy array is seen as rows of its last axis, which is contiguous; one axis is one row. The tuple
 `(address, dtype, rows, cols, row_stride)` says the same of any memory, the stride in elements; a 1-D array is
-`(address, dtype, 1, n, n)`. Activations are float64, float32 or bfloat16 (only as a tuple: NumPy has none).
+`(address, dtype, 1, n, n)`. Activations are float64, float32, float16 or bfloat16 (only as a tuple: NumPy has none).
 Raises ValueError for a shape or dtype, IndexError for an index or label, before anything is written.
 
 And the launcher of GPU kernels: `driver_*` reach a GPU through the CUDA driver, found at run time; what it refuses is
@@ -21,7 +21,7 @@ CHAIN: int
 BLOCK_CHAINS: int
 
 Memory: TypeAlias = tuple[int, str, int, int, int]
-Activations: TypeAlias = NDArray[np.float64] | NDArray[np.float32] | Memory
+Activations: TypeAlias = NDArray[np.float64] | NDArray[np.float32] | NDArray[np.float16] | Memory
 Reals: TypeAlias = NDArray[np.float64] | NDArray[np.float32] | Memory
 Float64s: TypeAlias = NDArray[np.float64] | Memory
 

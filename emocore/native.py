@@ -11,7 +11,12 @@ from torch import Tensor
 from . import reference
 from .errors import NativeMissingError
 
-DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 _NAMES = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "uint8"}
 
 _module: ModuleType | None = None

@@ -21,7 +21,12 @@ from hypothesis import strategies as st
 
 from emocore import _C
 
-DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 ROWS = (0, 1, 31, 33, 257, 4097)
 WIDTHS = (1, 3, 15, 17, 65, 100, 384)
 
@@ -30,7 +35,7 @@ UNITS = _C.CHAIN**0.5 + _C.BLOCK_CHAINS**0.5 + 4
 ROUNDING = {dtype: UNITS * (2.0**-53 if dtype == torch.float64 else 2.0**-24) for dtype in DTYPES}
 
 # Variance bias and correlation error that emocore/precision.py allows.
-CONTRACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1.5e-5}
+CONTRACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1.5e-5, torch.float16: 2e-6}
 
 # The sets that multiply bfloat16 rows as bfloat16; the others widen them to float32.
 PAIRS = ("avx512_bf16", "amx_bf16")
@@ -532,13 +537,14 @@ def readonly(*shape: int) -> np.ndarray:
         ({"rows": np.zeros((4, 0))}, "rows must have D >= 1 columns, got 0"),
         (
             {"rows": np.zeros((4, 3), np.int32)},
-            r"rows must be float64 or float32 or bfloat16 \[4, 3\], got int32 \[4, 3\]",
+            r"rows must be float64 or float32 or bfloat16 or float16 \[4, 3\], got int32 \[4, 3\]",
         ),
-        ({"rows": np.zeros((4, 3), np.float16)}, "rows has dtype float16, which no kernel reads"),
+        ({"rows": np.zeros((4, 3), ">f2")}, "rows has dtype >f2, which no kernel reads"),
+        ({"rows": np.zeros((4, 3), np.complex64)}, "rows has dtype complex64, which no kernel reads"),
         ({"rows": np.zeros((3, 4), np.float32).T}, "rows must be contiguous in its last axis"),
         ({"rows": np.float64(1)}, "rows must be a NumPy array or"),
         ({"rows": [[1.0]]}, "rows must be a NumPy array or"),
-        ({"rows": (64, "float16", 4, 3, 3)}, "dtype must be one of float64, float32, bfloat16"),
+        ({"rows": (64, "float8", 4, 3, 3)}, "dtype must be one of float64, float32, bfloat16, float16"),
         ({"rows": (64, "float32", 4, "3", 3)}, "rows must be a NumPy array or"),
         ({"rows": (66, "float32", 4, 3, 3)}, "rows must be aligned"),
         ({"rows": (0, "float32", 4, 3, 3)}, "rows must be at an address, got 0"),
