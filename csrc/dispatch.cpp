@@ -1,5 +1,9 @@
 #include "dispatch.h"
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -43,7 +47,21 @@ const Kernels* chosen_at_start() {
 // Null until the first use: a name in the environment that nothing answers to is an error of that call.
 std::atomic<const Kernels*> chosen{nullptr};
 
+#ifdef __x86_64__
+struct Leaf {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    explicit Leaf(unsigned number) { __get_cpuid_count(number, 0, &eax, &ebx, &ecx, &edx); }
+};
+
+bool is_set(unsigned flags, int bit) { return flags >> bit & 1; }
+#endif
+
 }  // namespace
+
+#ifdef __x86_64__
+bool has_f16c() { return is_set(Leaf(1).ecx, 29); }
+bool has_amx_bf16() { return is_set(Leaf(7).edx, 22) && is_set(Leaf(7).edx, 24); }
+#endif
 
 const Kernels& kernels() {
     const Kernels* isa = chosen;

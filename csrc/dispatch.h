@@ -16,6 +16,10 @@ extern const Kernels avx512_bf16_kernels;
 extern const Kernels amx_bf16_kernels;
 #endif
 bool has_avx512();
+
+// What not every compiler's __builtin_cpu_supports knows.
+bool has_f16c();
+bool has_amx_bf16();
 #endif
 
 const Kernels& kernels();

@@ -59,8 +59,7 @@ static bool tiles_granted() {
 }
 
 static bool usable() {
-    return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-           tiles_granted();
+    return has_avx512() && has_amx_bf16() && tiles_granted();
 }
 
 const Kernels amx_bf16_kernels = {"amx_bf16", usable, usable, stage, label_sums,

@@ -39,7 +39,7 @@
 namespace emocore {
 
 static bool usable() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 const Kernels avx2_kernels = {"avx2", usable, usable, stage, label_sums, gram, project, steer_add};
