@@ -128,7 +128,7 @@ Outcome Ring::append(const Handle& stream, const Bytes& bytes, bool wait, int th
         left -= count;
     }
     turn.keep();
-    return stream->error ? Outcome::failed : Outcome::done;
+    return judged(*stream, Outcome::done);
 }
 
 Outcome Ring::flush(const Handle& stream, const Patience& patience) {
@@ -144,8 +144,7 @@ Outcome Ring::flush(const Handle& stream, const Patience& patience) {
     }
     for (int before = stream->pending; found == Outcome::done && stream->pending; before = stream->pending)
         if (!wait(lock, patience, [&] { return stream->pending < before; })) found = Outcome::late;
-    if (stream->error) stream->told = true;
-    return stream->error ? Outcome::failed : found;
+    return judged(*stream, found);
 }
 
 void Ring::abandon(const Handle& stream) {
@@ -196,6 +195,13 @@ RingState Ring::live() {
             seconds(wrote_ + now), seconds(waited_)};
 }
 
+// What the caller is told: before anything else, that the stream has failed.
+Outcome Ring::judged(Stream& stream, Outcome otherwise) {
+    if (!stream.error) return otherwise;
+    stream.told = true;
+    return Outcome::failed;
+}
+
 // --- waiting
 
 // Until ready; false when that took too long. The lock is held before and after, but not by what it throws.
@@ -225,9 +231,7 @@ Outcome Ring::claim(Lock& lock, Stream& stream, const Patience& patience) {
         return stream.error || closing_ || (!stream.busy && !(stream.overlaps && stream.pending));
     };
     if (!wait(lock, patience, ready)) return Outcome::late;
-    if (stream.error) stream.told = true;
-    if (stream.error) return Outcome::failed;
-    if (closing_) return Outcome::closed;
+    if (stream.error || closing_) return judged(stream, Outcome::closed);
     stream.overlaps = false;
     return Outcome::done;
 }
@@ -240,11 +244,11 @@ Outcome Ring::take(Lock& lock, Stream& stream, int64_t bytes, bool wait, const P
         if (slots_.free() < enough && !in_flight_) spill();
         return slots_.free() >= enough || stream.error;
     };
-    if (ready() || !wait) return stream.error ? Outcome::failed : ready() ? Outcome::done : Outcome::full;
+    if (ready() || !wait) return judged(stream, ready() ? Outcome::done : Outcome::full);
     const Clock::time_point began = Clock::now();
     const bool found = this->wait(lock, patience, ready);
     waited_ += Clock::now() - began;
-    return stream.error ? Outcome::failed : found ? Outcome::done : Outcome::late;
+    return judged(stream, found ? Outcome::done : Outcome::late);
 }
 
 // --- slots

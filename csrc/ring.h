@@ -106,6 +106,7 @@ class Ring {
 
     template <class Ready>
     bool wait(Lock& lock, const Patience& patience, const Ready& ready);
+    static Outcome judged(Stream& stream, Outcome otherwise);
     Outcome claim(Lock& lock, Stream& stream, const Patience& patience);
     Outcome take(Lock& lock, Stream& stream, int64_t bytes, bool wait, const Patience& patience);
     Outcome settle(Lock& lock, const Handle& stream, const Patience& patience);
