@@ -129,8 +129,4 @@ uint32_t crc32c_portable(uint32_t crc, const void* data, size_t bytes) {
     return ~by_tables(~crc, static_cast<const unsigned char*>(data), bytes);
 }
 
-uint32_t crc32c_joined(uint32_t first, uint32_t second, size_t second_bytes) {
-    return multiplied(zeros(second_bytes), first) ^ second;
-}
-
 }  // namespace emocore

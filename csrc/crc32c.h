@@ -11,7 +11,4 @@ uint32_t crc32c(uint32_t crc, const void* data, size_t bytes);
 // The same by tables alone, for machines without the instruction.
 uint32_t crc32c_portable(uint32_t crc, const void* data, size_t bytes);
 
-// Of two texts one after the other, the second of so many bytes.
-uint32_t crc32c_joined(uint32_t first, uint32_t second, size_t second_bytes);
-
 }  // namespace emocore

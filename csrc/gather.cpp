@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "crc32c.h"
-#include "threads.h"
 
 namespace emocore {
 namespace {
@@ -24,28 +23,14 @@ void copy(const Bytes& bytes, int64_t from, int64_t count, char* to) {
     }
 }
 
-uint32_t copy_checked(const Bytes& bytes, const Piece& piece, uint32_t crc) {
-    for (int64_t done = 0; done < piece.count; done += NEAR) {
-        const int64_t run = std::min(NEAR, piece.count - done);
-        copy(bytes, piece.from + done, run, piece.to + done);
-        crc = crc32c(crc, piece.to + done, static_cast<size_t>(run));
-    }
-    return crc;
-}
-
 }  // namespace
 
-uint32_t gather(const Bytes& bytes, const std::vector<Piece>& pieces, uint32_t crc, int threads) {
-    if (threads <= 1 || pieces.size() <= 1) {
-        for (const Piece& piece : pieces) crc = copy_checked(bytes, piece, crc);
-        return crc;
+uint32_t gather(const Bytes& bytes, int64_t from, int64_t count, char* to, uint32_t crc) {
+    for (int64_t done = 0; done < count; done += NEAR) {
+        const int64_t run = std::min(NEAR, count - done);
+        copy(bytes, from + done, run, to + done);
+        crc = crc32c(crc, to + done, static_cast<size_t>(run));
     }
-    std::vector<uint32_t> sums(pieces.size());
-    parallel(threads, static_cast<int64_t>(pieces.size()), [&](int, int64_t i) {
-        sums[i] = copy_checked(bytes, pieces[i], 0);
-    });
-    for (size_t i = 0; i < pieces.size(); ++i)
-        crc = crc32c_joined(crc, sums[i], static_cast<size_t>(pieces[i].count));
     return crc;
 }
 

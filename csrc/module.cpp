@@ -359,9 +359,9 @@ py::tuple ring_close(Ring& ring, double seconds) {
 }
 
 const char* stream_append(OpenStream& open, uintptr_t address, int64_t rows, int64_t width, int64_t stride,
-                          bool wait, int threads, double seconds) {
+                          bool wait, double seconds) {
     const Bytes bytes{reinterpret_cast<const char*>(address), rows, width, stride};
-    return said(open.ring->append(open.stream, bytes, wait, threads, patient(seconds)));
+    return said(open.ring->append(open.stream, bytes, wait, patient(seconds)));
 }
 
 uint32_t checksum(const py::buffer& data, uint32_t crc, bool portable) {
@@ -376,7 +376,7 @@ void bind_ring(py::module_& m) {
     const auto nogil = py::call_guard<py::gil_scoped_release>();
     py::class_<OpenStream>(m, "Stream")
         .def("append", stream_append, arg("address"), arg("rows"), arg("width"), arg("stride"), arg("wait"),
-             arg("threads"), arg("seconds"), nogil)
+             arg("seconds"), nogil)
         .def(
             "flush",
             [](OpenStream& open, double seconds) {

@@ -14,7 +14,6 @@ namespace emocore {
 namespace {
 
 constexpr auto SLICE = std::chrono::milliseconds(50);  // of a wait, until the caller is asked to go on
-constexpr int64_t PART = 256 << 10;                    // bytes of a slot that one thread copies
 
 std::atomic<unsigned> forks{0};
 const int watching_forks = pthread_atfork(nullptr, nullptr, [] { ++forks; });
@@ -42,10 +41,22 @@ class Ring::Turn {
         if (!lock_.owns_lock()) lock_.lock();
         if (!kept_) rewind();
         if (stream_.error && stream_.slot) ring_.slots_.give(std::exchange(stream_.slot, {}));
+        ring_.reserved_ -= reserved_;
         stream_.busy = false;
         ring_.changed_.notify_all();
     }
     void keep() { kept_ = true; }
+
+    // Slots for so many more bytes are set aside; false where there are too few.
+    bool reserve(int64_t bytes) {
+        const int64_t slots = (stream_.fill + bytes + ring_.slot_bytes_ - 1) / ring_.slot_bytes_;
+        const int64_t needed = bytes ? slots - (stream_.slot ? 1 : 0) : 0;
+        if (!ring_.available(needed)) return false;
+        reserved_ = static_cast<int>(needed);
+        ring_.reserved_ += reserved_;
+        return true;
+    }
+    int& reserved() { return reserved_; }
 
   private:
     void rewind() {
@@ -66,6 +77,7 @@ class Ring::Turn {
     Stream& stream_;
     const int64_t base_, fill_;
     const uint32_t crc_;
+    int reserved_ = 0;
     bool kept_ = false;
 };
 
@@ -101,31 +113,25 @@ Ring::Handle Ring::open(int own_handle, int64_t offset, bool direct) {
 
 // --- what a producer does
 
-Outcome Ring::append(const Handle& stream, const Bytes& bytes, bool wait, int threads,
-                     const Patience& patience) {
+Outcome Ring::append(const Handle& stream, const Bytes& bytes, bool wait, const Patience& patience) {
     if (forked()) return Outcome::forked;
     Lock lock(mutex_);
     if (const Outcome claimed = claim(lock, *stream, patience); claimed != Outcome::done) return claimed;
     Turn turn(*this, lock, *stream);
-    for (int64_t done = 0, left = bytes.count(); left > 0;) {
-        const Outcome taken = take(lock, *stream, left, wait, patience);
-        if (taken != Outcome::done) return taken;
-        const std::vector<Lease> slots = lease(*stream, left);
-        const int64_t first = stream->fill;
-        const int64_t count = std::min(left, static_cast<int64_t>(slots.size()) * slot_bytes_ - first);
-        std::vector<Piece> pieces;
-        for (int64_t at = first, end; at < first + count; at = end) {
-            end = std::min({at / slot_bytes_ * slot_bytes_ + slot_bytes_, at + PART, first + count});
-            char* const slot = slots_.at(slots[at / slot_bytes_]);
-            pieces.push_back({done + at - first, end - at, slot + at % slot_bytes_});
+    const int64_t whole = bytes.count();
+    if (!wait && !turn.reserve(whole)) return judged(*stream, Outcome::full);
+    for (int64_t done = 0; done < whole;) {
+        if (!stream->slot) {
+            const Outcome taken = take(lock, *stream, turn.reserved(), patience);
+            if (taken != Outcome::done) return taken;
         }
+        const int64_t count = std::min(whole - done, slot_bytes_ - stream->fill);
+        char* const to = slots_.at(stream->slot) + stream->fill;
         lock.unlock();
-        const uint32_t crc = gather(bytes, pieces, stream->crc, threads);
+        const uint32_t crc = gather(bytes, done, count, to, stream->crc);
         lock.lock();
-        stream->crc = crc;
-        advance(stream, slots, count);
+        advance(stream, count, crc);
         done += count;
-        left -= count;
     }
     turn.keep();
     return judged(*stream, Outcome::done);
@@ -182,8 +188,8 @@ Standing Ring::standing(const Handle& stream) {
 int64_t Ring::room(const Handle& stream) {
     if (forked()) return 0;
     const Lock lock(mutex_);
-    if (!slots_.free() && !in_flight_) spill();
-    return (slots_.free() + (stream->slot ? 1 : 0)) * slot_bytes_ - stream->fill;
+    available(1);
+    return std::max(slots_.free() - reserved_ + (stream->slot ? 1 : 0), 0) * slot_bytes_ - stream->fill;
 }
 
 RingState Ring::live() {
@@ -236,55 +242,40 @@ Outcome Ring::claim(Lock& lock, Stream& stream, const Patience& patience) {
     return Outcome::done;
 }
 
-// Until there is a slot to fill; where it shall not wait, whether there are enough for all the bytes.
-Outcome Ring::take(Lock& lock, Stream& stream, int64_t bytes, bool wait, const Patience& patience) {
-    const int64_t needed = slots_for(stream, bytes);
-    const int64_t enough = wait && needed ? !stream.slot : needed;
-    const auto ready = [&] {
-        if (slots_.free() < enough && !in_flight_) spill();
-        return slots_.free() >= enough || stream.error;
-    };
-    if (ready() || !wait) return judged(stream, ready() ? Outcome::done : Outcome::full);
-    const Clock::time_point began = Clock::now();
-    const bool found = this->wait(lock, patience, ready);
-    waited_ += Clock::now() - began;
-    return judged(stream, found ? Outcome::done : Outcome::late);
+// A slot for the stream, which has none: one of those reserved for it, else as soon as there is one.
+Outcome Ring::take(Lock& lock, Stream& stream, int& reserved, const Patience& patience) {
+    const auto ready = [&] { return reserved > 0 || stream.error || available(1); };
+    if (!ready()) {
+        const Clock::time_point began = Clock::now();
+        const bool found = wait(lock, patience, ready);
+        waited_ += Clock::now() - began;
+        if (!found) return Outcome::late;
+    }
+    if (stream.error) return judged(stream, Outcome::failed);
+    if (reserved > 0) --reserved, --reserved_;
+    stream.slot = slots_.take();
+    std::memcpy(slots_.at(stream.slot), stream.tail.data(), stream.fill);
+    return Outcome::done;
 }
 
 // --- slots
 
-// Slots beside its own that so many more bytes need.
-int64_t Ring::slots_for(const Stream& stream, int64_t bytes) const {
-    return (stream.fill + bytes + slot_bytes_ - 1) / slot_bytes_ - (stream.slot ? 1 : 0);
-}
-
-// The slots that the next bytes go to, the one that the stream fills first.
-std::vector<Lease> Ring::lease(Stream& stream, int64_t bytes) {
-    std::vector<Lease> slots;
-    int64_t more = std::min<int64_t>(slots_for(stream, bytes), slots_.free());
-    if (!stream.slot) {
-        stream.slot = slots_.take();
-        std::memcpy(slots_.at(stream.slot), stream.tail.data(), stream.fill);
-        --more;
+// Whether so many can be taken. If all are held by streams that may never fill them, one is written as it is.
+bool Ring::available(int64_t slots) {
+    const auto idle = [](const Handle& stream) { return stream->slot && !stream->busy; };
+    if (slots_.free() - reserved_ < slots && !in_flight_) {
+        const auto found = std::find_if(streams_.begin(), streams_.end(), idle);
+        if (found != streams_.end()) hand_over(*found, false);
     }
-    slots.push_back(stream.slot);
-    while (more-- > 0) slots.push_back(slots_.take());
-    return slots;
+    return slots_.free() - reserved_ >= slots;
 }
 
-// So many bytes were copied: slots that are full go to the writers.
-void Ring::advance(const Handle& stream, const std::vector<Lease>& slots, int64_t bytes) {
+// So many bytes were copied: a slot that is full goes to the writers.
+void Ring::advance(const Handle& stream, int64_t bytes, uint32_t crc) {
+    stream->crc = crc;
     stream->fill += bytes;
     stream->unwritten = true;
-    for (const Lease& slot : slots) {
-        stream->slot = slot;
-        if (stream->fill < slot_bytes_) return;
-        const int64_t rest = stream->fill - slot_bytes_;
-        queue(stream, slot_bytes_);
-        stream->base += slot_bytes_;
-        stream->fill = rest;
-        stream->unwritten = rest > 0;
-    }
+    if (stream->fill == slot_bytes_) hand_over(stream, false);
 }
 
 // The slot that is filled in part goes to the writers; what a direct write cannot take stays in the tail, and
@@ -311,23 +302,14 @@ void Ring::queue(const Handle& stream, int64_t bytes) {
     queued_.notify_one();
 }
 
-// All slots are held by streams that may never fill them: one is written as it is.
-void Ring::spill() {
-    for (const Handle& stream : streams_)
-        if (stream->slot && !stream->busy) return hand_over(stream, false);
-}
-
 // All that was appended is with the writers.
 Outcome Ring::settle(Lock& lock, const Handle& stream, const Patience& patience) {
     if (!stream->unwritten || stream->error) return Outcome::done;
     if (!wait(lock, patience, [&] { return !stream->overlaps || !stream->pending; })) return Outcome::late;
-    if (!stream->slot) {
-        const Outcome taken = take(lock, *stream, 0, true, patience);
-        if (taken != Outcome::done) return taken;
-        lease(*stream, 0);
-    }
-    hand_over(stream, true);
-    return Outcome::done;
+    int reserved = 0;
+    const Outcome taken = stream->slot ? Outcome::done : take(lock, *stream, reserved, patience);
+    if (taken == Outcome::done) hand_over(stream, true);
+    return taken;
 }
 
 void Ring::join(Lock& lock) {

@@ -76,8 +76,7 @@ class Ring {
     Handle open(int own_handle, int64_t offset, bool direct);
 
     // All of the bytes or none; `full` at once where they do not fit and it shall not wait.
-    Outcome append(const Handle& stream, const Bytes& bytes, bool wait, int threads,
-                   const Patience& patience);
+    Outcome append(const Handle& stream, const Bytes& bytes, bool wait, const Patience& patience);
 
     // Waits until all that was appended is written, the last page of a direct stream padded with zeros.
     Outcome flush(const Handle& stream, const Patience& patience);
@@ -108,16 +107,14 @@ class Ring {
     bool wait(Lock& lock, const Patience& patience, const Ready& ready);
     static Outcome judged(Stream& stream, Outcome otherwise);
     Outcome claim(Lock& lock, Stream& stream, const Patience& patience);
-    Outcome take(Lock& lock, Stream& stream, int64_t bytes, bool wait, const Patience& patience);
+    Outcome take(Lock& lock, Stream& stream, int& reserved, const Patience& patience);
     Outcome settle(Lock& lock, const Handle& stream, const Patience& patience);
-    void join(Lock& lock);
-    int untold_error();
-    int64_t slots_for(const Stream& stream, int64_t bytes) const;
-    std::vector<Lease> lease(Stream& stream, int64_t bytes);
-    void advance(const Handle& stream, const std::vector<Lease>& slots, int64_t bytes);
+    bool available(int64_t slots);
+    void advance(const Handle& stream, int64_t bytes, uint32_t crc);
     void hand_over(const Handle& stream, bool padded);
     void queue(const Handle& stream, int64_t bytes);
-    void spill();
+    void join(Lock& lock);
+    int untold_error();
 
     void serve();
     int write(Lock& lock, const Ticket& ticket);
@@ -134,6 +131,7 @@ class Ring {
     std::vector<Handle> streams_;
     std::deque<Ticket> queue_;
     std::vector<std::thread> writers_;
+    int reserved_ = 0;  // free slots that are promised
     int in_flight_ = 0, writing_ = 0, lost_error_ = 0;
     bool closing_ = false, ending_ = false;
     int64_t bytes_written_ = 0;

@@ -104,7 +104,7 @@ class Ring:
 class Stream:
     """How a call ended: "done", "full", "late" (no progress for so many seconds), "failed", "closed" or "forked"."""
 
-    def append(self, address: int, rows: int, width: int, stride: int, wait: bool, threads: int, seconds: float) -> str:
+    def append(self, address: int, rows: int, width: int, stride: int, wait: bool, seconds: float) -> str:
         """`rows` times `width` bytes, `stride` bytes apart."""
 
     def flush(self, seconds: float) -> str: ...

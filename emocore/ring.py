@@ -128,9 +128,7 @@ class Stream:
         width, apart = data.element_size(), data.dim() == 2 and data.stride(1) == 1 and not data.is_contiguous()
         data = data if apart else data.contiguous()
         rows, cols, stride = (*data.shape, data.stride(0)) if apart else (1, data.numel(), data.numel())
-        outcome = self._stream.append(
-            data.data_ptr(), rows, cols * width, stride * width, wait, torch.get_num_threads(), self.ring.timeout
-        )
+        outcome = self._stream.append(data.data_ptr(), rows, cols * width, stride * width, wait, self.ring.timeout)
         if outcome not in ("done", "full"):
             raise self._refused(outcome)
         return bool(outcome == "done")

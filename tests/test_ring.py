@@ -160,21 +160,6 @@ def test_order_and_content_over_many_laps(path: Path, laps: int, threads: int) -
         assert stream.crc32c == _C.crc32c(found.numpy())
 
 
-@pytest.mark.parametrize("team", [1, 2, 4])
-def test_a_team_copies_what_one_thread_copies(path: Path, team: int) -> None:
-    x, before = noise(9 << 20), torch.get_num_threads()
-    torch.set_num_threads(team)
-    try:
-        with one_stream(path, slot_bytes=1 << 20) as stream:
-            stream.append(x[:12345])
-            stream.append(x[12345:].view(-1, 3))
-            stream.flush()
-            assert path.read_bytes() == data(x)
-            assert stream.crc32c == _C.crc32c(x.numpy())
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_sixteen_producers_with_streams_of_their_own(path: Path) -> None:
     """More streams than slots: what idle ones hold is written, so that the others get on."""
 
