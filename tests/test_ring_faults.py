@@ -119,10 +119,12 @@ SHIM = r"""
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/types.h>
+#include <unistd.h>
 static ssize_t hostile(const char* name, int handle, const void* data, size_t bytes, off_t offset) {
     static unsigned call;
     ssize_t (*real)(int, const void*, size_t, off_t) = dlsym(RTLD_NEXT, name);
     const unsigned n = __atomic_add_fetch(&call, 1, __ATOMIC_RELAXED);
+    if (getenv("SLOWLY") && n <= 2) usleep((3 - n) * 500000);
     const char* broken = getenv("BREAKS_AT");
     if (broken && n == (unsigned)atoi(broken)) { errno = EIO; return -1; }
     if (n % 3 == 0) { errno = EINTR; return -1; }
@@ -146,7 +148,7 @@ assert open(path, "rb").read() == bytes(x.view(torch.uint8).numpy())
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A library whose pwrite is interrupted and falls short, and fails once where it is told to."""
+    """A library whose pwrite is interrupted and falls short; as it is told to, it fails once, or dawdles twice."""
     if not shutil.which("gcc"):
         pytest.skip("no gcc to compile a library with")
     source = tmp_path_factory.mktemp("shim") / "shim.c"
@@ -167,6 +169,29 @@ def test_one_failed_write_is_never_lost(tmp_path: Path, shim: str, call: int) ->
     assert done.returncode == 1
     assert "StoreError: stream to handle" in done.stderr
     assert "Input/output error (errno 5)" in done.stderr
+
+
+OVERTAKEN = """
+from emocore.errors import BackpressureError
+def append(value, pages):
+    try: return stream.append(torch.full((pages * 4096,), value, dtype=torch.uint8))
+    except BackpressureError: return False
+with open(path, "wb") as file, Ring(slots=2, slot_bytes=4096, threads=2, timeout=0.1) as ring:
+    stream = ring.stream(file.fileno())
+    assert not append(1, 3)  # both slots are stuck in the disk, the first one longer
+    while not append(2, 1): pass
+    while True:
+        try: stream.flush()
+        except BackpressureError: continue
+        break
+    assert stream.bytes == 4096
+assert open(path, "rb").read()[:4096] == bytes([2]) * 4096
+"""
+
+
+def test_what_was_given_up_never_lands_on_what_came_after(tmp_path: Path, shim: str) -> None:
+    done = run(OVERTAKEN, tmp_path / "rows", LD_PRELOAD=shim, SLOWLY="1")
+    assert done.returncode == 0, done.stderr
 
 
 # --- processes and signals
