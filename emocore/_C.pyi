@@ -6,6 +6,8 @@ A NumPy array is seen as rows of its last axis, which is contiguous; one axis is
 `(address, dtype, 1, n, n)`. Activations are float64, float32, float16 or bfloat16 (only as a tuple: NumPy has none).
 Raises ValueError for a shape or dtype, IndexError for an index or label, before anything is written.
 
+And a ring of slots that threads of its own write to files, as emocore/ring.py has it.
+
 And the launcher of GPU kernels: `driver_*` reach a GPU through the CUDA driver, found at run time; what it refuses is
 an emocore.errors.DeviceError.
 """
@@ -79,6 +81,38 @@ def use_isa(name: str) -> None:
 
 def openmp() -> str:
     """Path of the OpenMP runtime whose threads are used, "" for our own."""
+
+def crc32c(data: bytes | bytearray | memoryview | NDArray[np.generic], crc: int = 0, portable: bool = False) -> int:
+    """CRC-32C of contiguous memory, continuing `crc`; `portable` by tables, as where there is no instruction for it."""
+
+class Ring:
+    """Slots and writers; bytes a second are limited to `throttle`, unless negative, until it is closed."""
+
+    def __init__(self, slots: int, slot_bytes: int, threads: int, throttle: float) -> None: ...
+    def open(self, handle: int, offset: int, direct: bool) -> Stream:
+        """Of a file descriptor that is the stream's own from now on: it closes it."""
+
+    def live(self) -> tuple[int, int, int, int, float, float]:
+        """Slots, those free, those with the writers; bytes written; seconds of writing, and of waiting for slots."""
+
+    def close(self, seconds: float) -> tuple[str, int]:
+        """How it ended, and the errno where that is "failed"."""
+
+    @property
+    def forked(self) -> bool: ...
+
+class Stream:
+    """How a call ended: "done", "full", "late" (no progress for so many seconds), "failed", "closed" or "forked"."""
+
+    def append(self, address: int, rows: int, width: int, stride: int, wait: bool, seconds: float) -> str:
+        """`rows` times `width` bytes, `stride` bytes apart."""
+
+    def flush(self, seconds: float) -> str: ...
+    def standing(self) -> tuple[int, int, int]:
+        """Bytes appended, their CRC-32C, and the errno of the write that failed, or 0."""
+
+    def room(self) -> int:
+        """Bytes that can be appended without waiting."""
 
 def driver_available() -> bool:
     """Whether the CUDA driver, libcuda.so.1, is there. Starts nothing: a context is torch's to make."""

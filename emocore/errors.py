@@ -67,6 +67,10 @@ class StoreError(EmocoreError, OSError):
     """A file that could not be written, or is not what it claims to be."""
 
 
+class BackpressureError(EmocoreError, TimeoutError):
+    """Rows come faster than they can be written, for longer than was allowed."""
+
+
 class NativeMissingError(EmocoreError, ImportError):
     """The compiled extension is not there."""
 

@@ -24,7 +24,7 @@ FLOORS = [
     ],
     ["ops", "aot"],
     ["tokens", "ledger", "blocks", "sums", "groups", "plans", "pooling", "calibration"],
-    ["readout", "moments", "rows", "sinks", "batches", "forwards", "seats", "lanes", "resident", "capturing"],
+    ["readout", "moments", "rows", "ring", "sinks", "batches", "forwards", "seats", "lanes", "resident", "capturing"],
     ["verifying", "fitting", "directions"],
     ["edits", "tables", "steering"],
     ["alarms", "tracking", "watching", "onlooking", "monitoring", "store"],
