@@ -37,10 +37,12 @@
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
 #include "project_cpu.h"
+#include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
+#include "steer_slots_cpu.h"
+#include "steer_sets_cpu.h"
 #include "parts_avx512.h"
-
 #include "tiles_amx.h"
 
 #ifdef __clang__
@@ -62,8 +64,9 @@ static bool usable() {
     return has_avx512() && has_amx_bf16() && tiles_granted();
 }
 
-const Kernels amx_bf16_kernels = {"amx_bf16", usable, usable, stage, label_sums,
-                                  gram_bfloat16, project, steer_add};
+const Kernels amx_bf16_kernels = {
+    "amx_bf16", usable, usable, stage, label_sums, gram_bfloat16, project,
+    steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore
 #endif

@@ -27,8 +27,11 @@
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
 #include "project_cpu.h"
+#include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
+#include "steer_slots_cpu.h"
+#include "steer_sets_cpu.h"
 
 #ifdef __clang__
 #pragma clang attribute pop
@@ -42,7 +45,8 @@ static bool usable() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
-const Kernels avx2_kernels = {"avx2", usable, usable, stage, label_sums, gram, project, steer_add};
+const Kernels avx2_kernels = {
+    "avx2", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore
 #endif
