@@ -40,8 +40,11 @@
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
 #include "project_cpu.h"
+#include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
+#include "steer_slots_cpu.h"
+#include "steer_sets_cpu.h"
 #include "tiles_amx.h"
 
 #ifdef __clang__
@@ -64,8 +67,9 @@ static bool usable() {
            tiles_granted();
 }
 
-const Kernels amx_bf16_kernels = {"amx_bf16", usable, usable, stage, label_sums,
-                                  gram_bfloat16, project, steer_add};
+const Kernels amx_bf16_kernels = {
+    "amx_bf16", usable, usable, stage, label_sums, gram_bfloat16, project,
+    steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore
 #endif

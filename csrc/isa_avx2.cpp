@@ -30,8 +30,11 @@
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
 #include "project_cpu.h"
+#include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
+#include "steer_slots_cpu.h"
+#include "steer_sets_cpu.h"
 
 #ifdef __clang__
 #pragma clang attribute pop
@@ -45,7 +48,8 @@ static bool usable() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const Kernels avx2_kernels = {"avx2", usable, usable, stage, label_sums, gram, project, steer_add};
+const Kernels avx2_kernels = {
+    "avx2", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore
 #endif

@@ -38,8 +38,11 @@
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
 #include "project_cpu.h"
+#include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
+#include "steer_slots_cpu.h"
+#include "steer_sets_cpu.h"
 
 #ifdef __clang__
 #pragma clang attribute pop
@@ -55,8 +58,8 @@ bool has_avx512() {
            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const Kernels avx512_kernels = {"avx512",   has_avx512, has_avx512, stage,
-                                label_sums, gram,       project,    steer_add};
+const Kernels avx512_kernels = {
+    "avx512", has_avx512, has_avx512, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore
 #endif

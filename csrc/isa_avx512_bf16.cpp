@@ -38,8 +38,11 @@
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
 #include "project_cpu.h"
+#include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
+#include "steer_slots_cpu.h"
+#include "steer_sets_cpu.h"
 #include "pairs_avx512.h"
 
 #ifdef __clang__
@@ -56,7 +59,8 @@ static bool usable() { return has_avx512() && __builtin_cpu_supports("avx512bf16
 static bool worthwhile() { return usable() && !__builtin_cpu_is("intel"); }
 
 const Kernels avx512_bf16_kernels = {
-    "avx512_bf16", usable, worthwhile, stage, label_sums, gram_bfloat16, project, steer_add};
+    "avx512_bf16", usable, worthwhile, stage, label_sums, gram_bfloat16, project,
+    steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore
 #endif

@@ -18,13 +18,17 @@
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
 #include "project_cpu.h"
+#include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
+#include "steer_slots_cpu.h"
+#include "steer_sets_cpu.h"
 
 namespace emocore {
 
 static bool usable() { return true; }
 
-const Kernels scalar_kernels = {"scalar", usable, usable, stage, label_sums, gram, project, steer_add};
+const Kernels scalar_kernels = {
+    "scalar", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore

@@ -56,6 +56,35 @@ struct SteerAdd {
     int threads;
 };
 
+// Every `share` rows have a slot, and slot s stands in row s of a table; slot 0, or one past the tables, is
+// nothing. Tables and directions are float64 for float64 rows, else float32.
+struct Slots {
+    const int32_t* of;  // [N / share], or null: every row has slot 1
+    int64_t share;
+    int64_t size;  // S
+    Rows readers;  // [W, D]: a row whose scores do not all exceed
+    Rows levels;   // [S, W] its slot's levels has none; W = 0 without
+};
+
+struct SteerSlots {
+    Rows rows;  // [N, D]
+    Slots slots;
+    int32_t* out;  // [N]
+    int threads;
+};
+
+struct SteerEdit {
+    Rows rows;  // [N, D]
+    Slots slots;
+    int64_t first_slot;  // what the first row of a table is of
+    Rows deltas;         // [S, D], data null: zero
+    Rows basis, dual;    // [R, D]
+    Rows target;         // [S, R]
+    Rows gate;           // [S, R], data null: 1
+    Rows out;            // [N, D], may be `rows`
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     bool (*usable)();
@@ -65,6 +94,8 @@ struct Kernels {
     void (*gram)(const Gram&);
     void (*project)(const Project&);
     void (*steer_add)(const SteerAdd&);
+    void (*steer_slots)(const SteerSlots&);
+    void (*steer_edit)(const SteerEdit&);
 };
 
 }  // namespace emocore

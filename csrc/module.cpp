@@ -14,6 +14,7 @@
 #include "driver.h"
 #include "gram_cuda.h"
 #include "launching.h"
+#include "scratch.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -198,6 +199,81 @@ void steer_add(const py::object& rows, const py::object& delta, const py::object
     kernels().steer_add(job);
 }
 
+// Of the whole pages of memory that nobody has written to yet.
+void large_pages(const py::object& memory) {
+    constexpr uintptr_t PAGE = 4096;
+    const Array fresh = array("large_pages: memory", memory);
+    const uintptr_t start = reinterpret_cast<uintptr_t>(fresh.view.data), first = (start + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = start + fresh.view.rows * fresh.view.stride * element_size(fresh.view.dtype);
+    if (first < end) want_large_pages(reinterpret_cast<void*>(first), end - first);
+}
+
+// A table of steering, in the type of its sums.
+Rows table(const char* name, const py::object& object, const Rows& rows, int64_t count, int64_t cols) {
+    const DType wide = rows.dtype == DType::float64 ? DType::float64 : DType::float32;
+    return expect(array(name, object), {wide}, count, cols);
+}
+
+int64_t rows_in(const char* name, const py::object& object) { return array(name, object).view.rows; }
+
+// Slots of `size` with the readers and levels that a row must exceed.
+Slots slots_of(const Rows& rows, const py::object& slots, const py::object& readers, const py::object& levels,
+               int64_t size) {
+    Slots found{nullptr, 1, size, {}, {}};
+    if (!slots.is_none()) {
+        const Array given = array("steer: slots", slots);
+        const int64_t count = given.view.cols;
+        found.of = elements<const int32_t>(expect(given, {DType::int32}, 1, count));
+        if (rows.rows > 0 && (count == 0 || rows.rows % count))
+            throw std::invalid_argument("steer: slots must divide the " + std::to_string(rows.rows) + " rows, got " +
+                                        std::to_string(count));
+        found.share = rows.rows > 0 ? rows.rows / count : 1;
+    }
+    if (!readers.is_none()) {
+        const int64_t W = rows_in("steer: readers", readers);
+        found.readers = table("steer: readers", readers, rows, W, rows.cols);
+        found.levels = table("steer: levels", levels, rows, size, W);
+    }
+    return found;
+}
+
+void steer_slots(const py::object& rows, const py::object& slots, const py::object& readers,
+                 const py::object& levels, const py::object& out, int threads) {
+    SteerSlots job{};
+    job.rows = activations(array("steer: rows", rows));
+    job.slots = slots_of(job.rows, slots, readers, levels, rows_in("steer: levels", levels));
+    job.out = elements<int32_t>(expect_out(array("steer: out", out), {DType::int32}, 1, job.rows.rows));
+    job.threads = checked("steer", threads);
+
+    py::gil_scoped_release release;
+    kernels().steer_slots(job);
+}
+
+void steer_edit(const py::object& rows, const py::object& slots, const py::object& readers,
+                const py::object& levels, const py::object& deltas, const py::object& basis,
+                const py::object& dual, const py::object& target, const py::object& gate, const py::object& out,
+                int threads) {
+    SteerEdit job{};
+    job.rows = activations(array("steer: rows", rows));
+    const int64_t D = job.rows.cols;
+    const int64_t S = slots.is_none() ? 1 : rows_in("steer: deltas", deltas);
+    job.slots = slots_of(job.rows, slots, readers, levels, S);
+    job.first_slot = slots.is_none() ? 1 : 0;
+    if (!deltas.is_none()) job.deltas = table("steer: deltas", deltas, job.rows, S, D);
+    if (!basis.is_none()) {
+        const int64_t R = rows_in("steer: basis", basis);
+        job.basis = table("steer: basis", basis, job.rows, R, D);
+        job.dual = table("steer: dual", dual, job.rows, R, D);
+        job.target = table("steer: target", target, job.rows, S, R);
+        if (!gate.is_none()) job.gate = table("steer: gate", gate, job.rows, S, R);
+    }
+    job.out = expect_out(array("steer: out", out), {job.rows.dtype}, job.rows.rows, D);
+    job.threads = checked("steer", threads);
+
+    py::gil_scoped_release release;
+    kernels().steer_edit(job);
+}
+
 // --- kernels on a GPU
 
 void raise_device_error(std::exception_ptr thrown) {
@@ -334,6 +410,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("project", project, arg("rows"), arg("readers"), arg("centre"), arg("normalise"), arg("out"),
           arg("threads"));
     m.def("steer_add", steer_add, arg("rows"), arg("delta"), arg("out"), arg("threads"));
+    m.def("steer_slots", steer_slots, arg("rows"), arg("slots"), arg("readers"), arg("levels"), arg("out"),
+          arg("threads"));
+    m.def("steer_edit", steer_edit, arg("rows"), arg("slots"), arg("readers"), arg("levels"), arg("deltas"),
+          arg("basis"), arg("dual"), arg("target"), arg("gate"), arg("out"), arg("threads"));
+    m.def("large_pages", large_pages, arg("memory"));
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", usable_isas);
     m.def("use_isa", use_isa, arg("name"));

@@ -10,17 +10,21 @@
 
 namespace emocore {
 
+// Fresh memory costs a fault a page: fewer of them, where the system has large pages.    data: at a page.
+inline void want_large_pages(void* data, size_t size) {
+#ifdef MADV_HUGEPAGE
+    madvise(data, size, MADV_HUGEPAGE);
+#endif
+}
+
 class Scratch {
   public:
     explicit Scratch(int64_t bytes) {
-        // Fresh memory costs a fault a page: large pages where there is much of it and the system has them.
         const size_t align = bytes >= 2 * LARGE_PAGE ? LARGE_PAGE : 64;
         const size_t size = (static_cast<size_t>(bytes) + align) / align * align;
         data_ = std::aligned_alloc(align, size);
         if (!data_) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-        if (align == LARGE_PAGE) madvise(data_, size, MADV_HUGEPAGE);
-#endif
+        if (align == LARGE_PAGE) want_large_pages(data_, size);
     }
     ~Scratch() { std::free(data_); }
     Scratch(const Scratch&) = delete;

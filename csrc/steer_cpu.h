@@ -4,12 +4,15 @@
 namespace emocore {
 namespace {
 
-// out = x + delta, one rounding.    x, out: [D], delta: [D] in A.
+// out = x + delta, one rounding.    x, out: [D], delta: [D] in A;  `ahead` elements on is the next row.
 template <class A, class T>
-void add_to_row(const T* x, const A* delta, int64_t D, T* out) {
+void add_to_row(const T* x, int64_t ahead, const A* delta, int64_t D, T* out) {
     constexpr int64_t L = LANES<A>;
     int64_t d = 0;
-    for (; d + L <= D; d += L) store(out + d, load<A>(x + d) + load<A>(delta + d));
+    for (; d + L <= D; d += L) {
+        __builtin_prefetch(x + d + ahead);
+        store(out + d, load<A>(x + d) + load<A>(delta + d));
+    }
     if (d < D) store_some<A>(out + d, D - d, load_some<A>(x + d, D - d) + load_some<A>(delta + d, D - d));
 }
 
@@ -25,7 +28,7 @@ void add_delta(const SteerAdd& job) {
                                                                     : row_of<const float>(job.delta, 0)[d]);
     parallel(team(job.threads, N * D), ceil_div(N, step), [&](int, int64_t part) {
         for (int64_t r = part * step; r < least(N, (part + 1) * step); ++r)
-            add_to_row<A, T>(row_of<const T>(job.rows, r), delta, D, row_of<T>(job.out, r));
+            add_to_row<A, T>(row_of<const T>(job.rows, r), job.rows.stride, delta, D, row_of<T>(job.out, r));
     });
 }
 

@@ -68,6 +68,41 @@ def project(
 def steer_add(rows: Activations, delta: Reals, out: Activations, threads: int) -> None:
     """out = x + delta, rounded once; out may be rows."""
 
+def steer_slots(
+    rows: Activations,
+    slots: NDArray[np.int32] | Memory | None,
+    readers: Reals | None,
+    levels: Reals,
+    out: NDArray[np.int32] | Memory,
+    threads: int,
+) -> None:
+    """out[r] = the slot of row r where its scores x . readers all exceed levels[slot], else 0.
+
+    slots [M] are of N / M rows each; those of no row of the tables are 0. None: every row has slot 1.
+    """
+
+def steer_edit(
+    rows: Activations,
+    slots: NDArray[np.int32] | Memory | None,
+    readers: Reals | None,
+    levels: Reals | None,
+    deltas: Reals | None,
+    basis: Reals | None,
+    dual: Reals | None,
+    target: Reals | None,
+    gate: Reals | None,
+    out: Activations,
+    threads: int,
+) -> None:
+    """out = x + deltas[s] + sum_r gate[s, r] (target[s, r] - x . basis_r) dual_r, rounded once; out may be rows.
+
+    s is what steer_slots finds; where it is 0 a row keeps its bits, and in place is not written. Without slots tables
+    have one row, for all. Tables are float64 for float64 rows, else float32.
+    """
+
+def large_pages(memory: Memory) -> None:
+    """Advises the system to back memory that is still untouched with large pages."""
+
 def isa() -> str:
     """The instruction set in use."""
 

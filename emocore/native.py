@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, reference_steering
 from .errors import NativeMissingError
 
 DTYPES = {
@@ -18,6 +18,9 @@ DTYPES = {
     torch.float16: "float16",
 }
 _NAMES = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "uint8"}
+
+# Larger tensors get memory of their own from the system, and pay more for its first use than for what is computed.
+OWN_MEMORY = 32 << 20
 
 _module: ModuleType | None = None
 
@@ -51,6 +54,13 @@ def _view(t: Tensor) -> tuple[int, str, int, int, int]:
 def _rows(x: Tensor) -> Tensor:
     x = x if x.dtype in DTYPES else x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _output(rows: Tensor) -> Tensor:
+    out = rows.new_empty(rows.shape)
+    if out.nbytes > OWN_MEMORY:
+        extension().large_pages(_view(out))
+    return out
 
 
 def stage(x: Tensor, index: Tensor | None, rows: Tensor, norms: Tensor, finite: Tensor) -> None:
@@ -119,9 +129,9 @@ def project(rows: Tensor, readers: Tensor, centre: Tensor | None, normalise: boo
 def steer_add(x: Tensor, delta: Tensor) -> Tensor:
     if x.dtype not in DTYPES:
         return reference.steer_add_ref(x, delta)
-    rows = _rows(x)
-    out = rows.new_empty(rows.shape)
-    extension().steer_add(_view(rows), _view(delta.contiguous()), _view(out), torch.get_num_threads())
+    rows, delta = _rows(x), delta.contiguous()
+    out = _output(rows)
+    extension().steer_add(_view(rows), _view(delta), _view(out), torch.get_num_threads())
     return out
 
 
@@ -129,5 +139,85 @@ def steer_add_(x: Tensor, delta: Tensor) -> None:
     if x.dtype not in DTYPES or x.stride(-1) != 1:
         x.copy_(steer_add(x, delta))
     else:
-        view = _view(x)
-        extension().steer_add(view, _view(delta.contiguous()), view, torch.get_num_threads())
+        view, delta = _view(x), delta.contiguous()
+        extension().steer_add(view, _view(delta), view, torch.get_num_threads())
+
+
+def steer_set(x: Tensor, basis: Tensor, dual: Tensor, target: Tensor) -> Tensor:
+    return _edited(x, None, None, None, None, basis, dual, target)
+
+
+def steer_set_(x: Tensor, basis: Tensor, dual: Tensor, target: Tensor) -> None:
+    _edit_in_place(x, None, None, None, None, basis, dual, target)
+
+
+def steer_rows(x: Tensor, slots: Tensor, deltas: Tensor, *sets: Tensor | None) -> Tensor:
+    return _edited(x, slots, None, None, deltas, *sets)
+
+
+def steer_rows_(x: Tensor, slots: Tensor, deltas: Tensor, *sets: Tensor | None) -> None:
+    _edit_in_place(x, slots, None, None, deltas, *sets)
+
+
+def steer_when(
+    x: Tensor, slots: Tensor, readers: Tensor, levels: Tensor, deltas: Tensor, *sets: Tensor | None
+) -> Tensor:
+    return _edited(x, slots, readers, levels, deltas, *sets)
+
+
+def steer_when_(
+    x: Tensor, slots: Tensor, readers: Tensor, levels: Tensor, deltas: Tensor, *sets: Tensor | None
+) -> None:
+    _edit_in_place(x, slots, readers, levels, deltas, *sets)
+
+
+def steer_slots(x: Tensor, slots: Tensor, readers: Tensor, levels: Tensor) -> Tensor:
+    rows = _rows(x)
+    given = [_slots(rows, slots), _table(rows, readers), _table(rows, levels)]
+    out = torch.empty(len(rows), dtype=torch.int32)
+    extension().steer_slots(_view(rows), *map(_view, given), _view(out), torch.get_num_threads())
+    return out
+
+
+def _edited(x: Tensor, *edit: Tensor | None) -> Tensor:
+    rows = _rows(x)
+    out = _output(rows)
+    _edit(rows, out, *edit)
+    return out.to(x.dtype)
+
+
+def _edit_in_place(x: Tensor, *edit: Tensor | None) -> None:
+    if x.dtype not in DTYPES or x.stride(-1) != 1:
+        x.copy_(_edited(x, *edit))
+    else:
+        _edit(x, x, *edit)
+
+
+def _edit(
+    x: Tensor,
+    out: Tensor,
+    slots: Tensor | None,
+    readers: Tensor | None,
+    levels: Tensor | None,
+    deltas: Tensor | None,
+    basis: Tensor | None = None,
+    dual: Tensor | None = None,
+    target: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> None:
+    sets = (None,) * 4 if basis is None or dual is None or target is None else (basis, dual, target, gate)
+    tables = [None if t is None else _table(x, t) for t in (readers, levels, deltas, *sets)]
+    given = [None if slots is None else _slots(x, slots), *tables]  # kept while its addresses are in use
+    extension().steer_edit(
+        _view(x), *(None if t is None else _view(t) for t in given), _view(out), torch.get_num_threads()
+    )
+
+
+def _slots(x: Tensor, slots: Tensor) -> Tensor:
+    reference_steering.rows_per_slot(len(x), slots)
+    return slots.to(torch.int32).contiguous()
+
+
+def _table(x: Tensor, t: Tensor) -> Tensor:
+    """In the type of the sums: float64 for float64 rows, else float32."""
+    return t.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()

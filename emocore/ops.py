@@ -88,6 +88,13 @@ NATIVE_CPU: dict[str, Callable[..., Any]] = {
     "project": native.project,
     "steer_add": native.steer_add,
     "steer_add_": native.steer_add_,
+    "steer_set": native.steer_set,
+    "steer_set_": native.steer_set_,
+    "steer_rows": native.steer_rows,
+    "steer_rows_": native.steer_rows_,
+    "steer_when": native.steer_when,
+    "steer_when_": native.steer_when_,
+    "steer_slots": native.steer_slots,
 }
 
 
@@ -172,7 +179,7 @@ def _has_kernels(device: torch.device) -> bool:
 def implementations() -> dict[str, dict[str, str]]:
     """What runs where: {op: {"cpu": ..., "cuda": ...}}, each "native (<instruction set>)", "triton" or "reference".
 
-    >>> implementations()["steer_set"]["cpu"]
+    >>> implementations()["pool_scores"]["cpu"]
     'reference'
     """
     table = {}
