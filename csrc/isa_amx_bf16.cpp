@@ -36,6 +36,9 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "project_operands_cpu.h"
+#include "project_tiles_cpu.h"
+#include "project_few_cpu.h"
 #include "project_cpu.h"
 #include "row_scores_cpu.h"
 #include "stage_cpu.h"

@@ -39,8 +39,11 @@ struct Gram {
 
 struct Project {
     Rows rows;             // [N, D]
-    Rows readers;          // [K, D] float32 or float64
+    Rows readers;          // [parts * K, D] float32 or float64, the parts of a reader K rows apart
+    int64_t parts;         // that add up to the readers
     const double* centre;  // [D], or null: zero
+    const double* offset;  // [K], or null: zero
+    const double* scale;   // [K], or null: one
     bool normalise;
     Rows out;  // [N, K] float32 or float64
     int threads;

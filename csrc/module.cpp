@@ -180,6 +180,7 @@ void project(const py::object& rows, const py::object& readers, const py::object
     const int64_t K = vectors.view.rows;
     if (K == 0) throw std::invalid_argument("project: readers must have K >= 1 rows, got 0");
     job.readers = expect(vectors, {DType::float32, DType::float64}, K, D);
+    job.parts = 1;
     job.centre = vector_or_null<double>("project: centre", centre, DType::float64, D);
     job.normalise = normalise;
     job.out = expect_out(array("project: out", out), {DType::float32, DType::float64}, N, K);
