@@ -58,7 +58,7 @@ struct SteerAdd {
 
 // Every `share` rows have a slot, and slot s stands in row s of a table; slot 0, or one past the tables, is
 // nothing. Tables and directions are float64 for float64 rows, else float32.
-struct Slots {
+struct RowSlots {
     const int32_t* of;  // [N / share], or null: every row has slot 1
     int64_t share;
     int64_t size;  // S
@@ -68,14 +68,14 @@ struct Slots {
 
 struct SteerSlots {
     Rows rows;  // [N, D]
-    Slots slots;
+    RowSlots slots;
     int32_t* out;  // [N]
     int threads;
 };
 
 struct SteerEdit {
     Rows rows;  // [N, D]
-    Slots slots;
+    RowSlots slots;
     int64_t first_slot;  // what the first row of a table is of
     Rows deltas;         // [S, D], data null: zero
     Rows basis, dual;    // [R, D]

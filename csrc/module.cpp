@@ -219,9 +219,9 @@ Rows table(const char* name, const py::object& object, const Rows& rows, int64_t
 int64_t rows_in(const char* name, const py::object& object) { return array(name, object).view.rows; }
 
 // Slots of `size` with the readers and levels that a row must exceed.
-Slots slots_of(const Rows& rows, const py::object& slots, const py::object& readers, const py::object& levels,
+RowSlots slots_of(const Rows& rows, const py::object& slots, const py::object& readers, const py::object& levels,
                int64_t size) {
-    Slots found{nullptr, 1, size, {}, {}};
+    RowSlots found{nullptr, 1, size, {}, {}};
     if (!slots.is_none()) {
         const Array given = array("steer: slots", slots);
         const int64_t count = given.view.cols;

@@ -12,7 +12,7 @@ inline int64_t edited_rows_per_part(int64_t rows, int64_t row_bytes, int threads
 }
 
 // The slot of a row, 0 where it has none, or one past the tables.
-inline int32_t slot_of(const Slots& slots, int64_t row) {
+inline int32_t slot_of(const RowSlots& slots, int64_t row) {
     if (!slots.of) return 1;
     const int32_t slot = slots.of[row / slots.share];
     return slot > 0 && slot < slots.size ? slot : 0;
@@ -28,7 +28,7 @@ bool all_above(const A* scores, const A* levels, int64_t W) {
 // found[r - first] = the slot of row r, 0 where a score is not above the slot's level.
 // rows: [N, D], readers: [W, D], levels: [S, W], found: [last - first], scores: [EDIT_ROWS, W] in A.
 template <class A, class T>
-void find_slots(const Slots& slots, const Rows& rows, int64_t first, int64_t last, int32_t* found, A* scores) {
+void find_slots(const RowSlots& slots, const Rows& rows, int64_t first, int64_t last, int32_t* found, A* scores) {
     for (int64_t r = first; r < last; ++r) found[r - first] = slot_of(slots, r);
     const int64_t W = slots.readers.rows;
     if (W == 0) return;
