@@ -90,7 +90,7 @@ class ProjectRun {
         parallel(threads_, ceil_div(N, STREAM_ROWS), [&](int, int64_t part) {
             const int64_t first = part * STREAM_ROWS, count = least(STREAM_ROWS, N - first);
             A scores[STREAM_ROWS * MOST_FEW], y[CHAIN];
-            with_few(K, [&](auto few_count) {
+            with_padded(K, [&](auto few_count) {
                 dot_rows<A, few_count>(rows_, first, count, D, few, stride, scores);
                 for (int64_t a = 0; a < count; ++a) {
                     double squares = 0;
@@ -115,7 +115,7 @@ class ProjectRun {
         parallel(threads_, ceil_div(K, STREAM_ROWS), [&](int, int64_t part) {
             const int64_t k = part * STREAM_ROWS, count = least(STREAM_ROWS, K - k);
             A scores[STREAM_ROWS * MOST_FEW];
-            with_few(N, [&](auto few_count) {
+            with_padded(N, [&](auto few_count) {
                 dot_rows<A, few_count>(readers_, k, count, D, few, stride, scores);
                 for (int64_t r = 0; r < N; ++r) finish(r, k, count, scores + r, few_count, squares[r]);
             });

@@ -51,7 +51,7 @@ void dot_rows(const Source& many, int64_t first, int64_t count, int64_t D, const
 
 // body(FEW), a constant of at least `few` to unroll by.
 template <class Body>
-void with_few(int64_t few, const Body& body) {
+void with_padded(int64_t few, const Body& body) {
     if (few == 1)
         body(std::integral_constant<int64_t, 1>{});
     else if (few == 2)
