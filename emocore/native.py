@@ -19,7 +19,7 @@ DTYPES = {
 }
 _NAMES = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "uint8"}
 
-# Larger tensors get memory of their own from the system, and pay more for its first use than for what is computed.
+# Tensors of so many bytes get memory of their own from the system: its first use costs more than what is computed.
 OWN_MEMORY = 32 << 20
 
 _module: ModuleType | None = None
@@ -58,7 +58,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _output(rows: Tensor) -> Tensor:
     out = rows.new_empty(rows.shape)
-    if out.nbytes > OWN_MEMORY:
+    if out.nbytes >= OWN_MEMORY:
         extension().large_pages(_view(out))
     return out
 
