@@ -64,9 +64,11 @@ def _output(rows: Tensor) -> Tensor:
 
 
 def stage(x: Tensor, index: Tensor | None, rows: Tensor, norms: Tensor, finite: Tensor) -> None:
-    if x.dtype not in DTYPES or x.dtype != rows.dtype:
+    if x.dtype not in DTYPES or torch.promote_types(x.dtype, rows.dtype) != rows.dtype:
         reference.stage_ref(x, index, rows, norms, finite)
         return
+    if x.dtype != rows.dtype:
+        x, index = (x if index is None else x[index]).to(rows.dtype), None
     x = _rows(x)
     at = None if index is None else index.to(torch.int64).contiguous()
     extension().stage(
