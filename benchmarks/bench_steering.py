@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,12 @@ from .machine import Machine
 from .ours import by_op, lacks_op
 from .results import Case, Work
 
-ROWS_BYTES = 256e6  # of rows on a GPU
+ROWS_BYTES, HOST_BYTES = 256e6, 64e6  # of rows on a GPU, and on a CPU, where two of them take turns
 RANK, SLOTS = 3, 9  # directions set at once, and vectors of a table
 SHARE, SHARE_TINY = 64, 4  # rows that share a slot
-ADD, CHAIN, TWO = "torch add", "eager chain", "two kernels"
+ADD, CHAIN, COMPILED, TWO = "torch add", "eager chain", "torch.compile", "two kernels"
 MODES = ("add", "add in place", "ablate", "clamp", "per row", "conditional")
+HOST_MODES = ("add", "ablate", "clamp", "per row", "conditional")
 
 
 @pytest.mark.cpu
@@ -51,6 +53,54 @@ def test_add(race, machine: Machine, seed: int, dtype: torch.dtype) -> None:
         Contender("torch x + delta", lambda given: given + narrow),
     ]
     race(case, contenders, [x], lambda given: given.double() + delta.double())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", HOST_MODES)
+def test_mode_in_place(race, machine: Machine, seed: int, mode: str, dtype: torch.dtype) -> None:
+    """Every mode on the CPU, in place, against the chain of ops that does the same, eager and compiled: G15."""
+    dim = machine.scale.dim(4096)
+    rows = machine.scale.rows(int(HOST_BYTES / dtype.itemsize / dim) // SHARE * SHARE, tiny=32)
+    inputs = [torch.randn(rows, dim, generator=machine.generator(seed + i)).to(dtype) for i in range(2)]
+    tables, name = Tables(machine, rows, dim, seed), str(dtype).removeprefix("torch.")
+    op, ours, chain = tables.calls_in_place(mode, dtype)
+    compiled = _compiled(machine, chain)
+    chained = (faster("G15", 2.0, CHAIN), faster("G15", 1.0, COMPILED))
+    case = Case(
+        op="steer",
+        name=f"steer {mode} in place {name} D={dim}",
+        dtype=name,
+        rows=rows,
+        dim=dim,
+        bound=torch.finfo(dtype).eps,
+        k=RANK if op == "steer_set_" else 1,
+        work=Work(inputs[0].nbytes, inputs[0].nbytes),
+        bars=(reaches("G15", 0.85),) if mode == "add" else chained,
+    )
+
+    def edited(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+        def check(x: Tensor) -> Tensor:
+            copy = x.clone()
+            call(copy)
+            return copy
+
+        return check
+
+    contenders: list[Contender | Absent] = [
+        by_op(machine, op, ours, check=edited(ours)),
+        Contender(CHAIN, chain, edited(chain)),
+        Contender(COMPILED, compiled, edited(compiled)),
+    ]
+    *_, exact = tables.calls(mode)
+    race(case, contenders, inputs, lambda x: exact(x.double()), error=_most)
+
+
+def _compiled(machine: Machine, chain: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, of when it is loaded
+        torch._dynamo.reset()
+        return chain if machine.scale.tiny else torch.compile(chain, dynamic=False)
 
 
 class Tables:
@@ -122,6 +172,33 @@ class Tables:
                 lambda x: ops.steer_when(x, self.ones, reader, level, moved),
                 lambda x: peers.chain_conditional(x, thin["v"][0], 1.0, thin["delta"]),
                 lambda x: torch.where((x @ high > 1.0)[:, None], x + delta.double(), x),
+            ),
+        }[mode]
+
+    def calls_in_place(
+        self, mode: str, dtype: torch.dtype
+    ) -> tuple[str, Callable[[Tensor], Any], Callable[[Tensor], Any]]:
+        """An op and its call, and the chain of ops that does the same in the dtype of the rows."""
+        v, dual, q, target, zero = (t.float() for t in (self.v, self.dual, self.q, self.target, self.zero))
+        near, pinned, span, goal = (t.to(dtype) for t in (v, dual, q, target))
+        reader, delta, table, each = self.reader[0].to(dtype), self.delta.to(dtype), self.deltas.to(dtype), self.each
+        return {
+            "add": ("steer_add_", lambda x: ops.steer_add_(x, self.delta), lambda x: x.add_(delta)),
+            "ablate": ("steer_set_", lambda x: ops.steer_set_(x, q, q, zero), lambda x: x.sub_((x @ span.T) @ span)),
+            "clamp": (
+                "steer_set_",
+                lambda x: ops.steer_set_(x, v, dual, target),
+                lambda x: x.add_((goal - x @ near.T) @ pinned),
+            ),
+            "per row": (
+                "steer_rows_",
+                lambda x: ops.steer_rows_(x, self.slots, self.deltas),
+                lambda x: x.add_(table[each]),
+            ),
+            "conditional": (
+                "steer_when_",
+                lambda x: ops.steer_when_(x, self.ones, self.reader, self.level, self.moved),
+                lambda x: x.add_(torch.where((x @ reader > 1.0).unsqueeze(1), delta, 0.0)),
             ),
         }[mode]
 

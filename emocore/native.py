@@ -19,7 +19,7 @@ DTYPES = {
 }
 _NAMES = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "uint8"}
 
-# Larger tensors get memory of their own from the system, and pay more for its first use than for what is computed.
+# Tensors of so many bytes get memory of their own from the system: its first use costs more than what is computed.
 OWN_MEMORY = 32 << 20
 
 _module: ModuleType | None = None
@@ -58,15 +58,17 @@ def _rows(x: Tensor) -> Tensor:
 
 def _output(rows: Tensor) -> Tensor:
     out = rows.new_empty(rows.shape)
-    if out.nbytes > OWN_MEMORY:
+    if out.nbytes >= OWN_MEMORY:
         extension().large_pages(_view(out))
     return out
 
 
 def stage(x: Tensor, index: Tensor | None, rows: Tensor, norms: Tensor, finite: Tensor) -> None:
-    if x.dtype not in DTYPES or x.dtype != rows.dtype:
+    if x.dtype not in DTYPES or torch.promote_types(x.dtype, rows.dtype) != rows.dtype:
         reference.stage_ref(x, index, rows, norms, finite)
         return
+    if x.dtype != rows.dtype:
+        x, index = (x if index is None else x[index]).to(rows.dtype), None
     x = _rows(x)
     at = None if index is None else index.to(torch.int64).contiguous()
     extension().stage(

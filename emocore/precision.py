@@ -75,7 +75,7 @@ def device_chain(dtype: torch.dtype) -> int:
 
 
 def held(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which rows of `dtype` wait to be multiplied: their own, or the first that the kernels read."""
+    """The dtype in which rows of `dtype` wait to be multiplied: their own, but one that any later rows fit in."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

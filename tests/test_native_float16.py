@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
-from emocore import _C
+from emocore import _C, ops
 
 
 @pytest.fixture(params=_C.isas())
@@ -91,3 +92,17 @@ def test_rows_are_multiplied_as_their_float32s(isa: str) -> None:
         found.append((tiles, scores))
     assert np.array_equal(found[0][0], found[1][0])
     assert np.array_equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([2, 0, 1, 2])])
+def test_rows_are_staged_as_their_float32s(isa: str, index: torch.Tensor | None) -> None:
+    x = torch.randn(3, 37, generator=torch.Generator().manual_seed(0)).half()
+    x[1, 5] = torch.nan
+    found = []
+    for given in (x, x.float()):
+        n = 3 if index is None else 4
+        rows, norms, finite = torch.full((n, 37), torch.nan), torch.full((n,), torch.nan).double(), torch.ones(n).bool()
+        ops.stage(given, index, rows, norms, finite)
+        found.append((rows, norms, finite))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not found[0][2].all()
