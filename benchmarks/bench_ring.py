@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import mmap
 import os
@@ -27,8 +26,8 @@ BATCH = 512  # rows of a forward
 
 
 @pytest.mark.gpu
-def test_to_host(race, machine: Machine, seed: int) -> None:
-    """What hooks that copy get of the link; the engine's own ring has a line as soon as there is one."""
+def test_to_host(race, machine: Machine, seed: int, tmp_path: Path) -> None:
+    """Rows of a device through the ring, whose writers throw them away; what hooks that copy get of the link."""
     rows, dim = machine.scale.rows(65_536), machine.scale.dim(4096)
     x = torch.randn(rows, dim, generator=machine.generator(seed), device=machine.device).bfloat16()
     case = Case(
@@ -38,14 +37,26 @@ def test_to_host(race, machine: Machine, seed: int) -> None:
         rows=rows,
         dim=dim,
         bound=0.0,
-        work=Work(read=x.nbytes),
+        work=Work(read=x.nbytes, over="link to host"),
         bars=(reaches("G12", 0.90),),
         hides_launch=False,
     )
-    there = "missing: emocore has no ring to the host yet"
-    if importlib.util.find_spec("emocore.ring"):
-        there = "missing: emocore.ring is there, and this file does not call it yet"
-    race(case, [Absent(OURS, there), Contender(".cpu()", lambda given: given.cpu())], [x], lambda given: given.double())
+    with (
+        Ring(slots=16, slot_bytes=SLOT) as ring,
+        open(os.devnull, "wb") as nothing,
+        (tmp_path / "rows").open("wb") as file,
+    ):
+        stream = ring.stream(nothing.fileno())
+
+        def check(given: Tensor) -> Tensor:
+            kept = ring.stream(file.fileno())
+            kept.append(given)
+            kept.flush()
+            found = bytearray((tmp_path / "rows").read_bytes())
+            return torch.frombuffer(found, dtype=torch.bfloat16).view(rows, dim)
+
+        contenders = [Contender(OURS, stream.append, check), Contender(".cpu()", lambda given: given.cpu())]
+        race(case, contenders, [x], lambda given: given.double())
 
 
 @pytest.mark.cpu

@@ -20,6 +20,7 @@ class Work:
     written: float = 0.0
     flops: float = 0.0
     arithmetic: str = "float16"
+    over: str = ""  # the ceiling that the bytes are held to where it is not memory's
 
     @property
     def bytes(self) -> float:
@@ -31,7 +32,7 @@ class Work:
 
         Memory is held to the reading rate where little is written, to the copying rate elsewhere.
         """
-        memory = ceilings.get("read" if self.written < self.read / 8 else "copy")
+        memory = ceilings.get(self.over or ("read" if self.written < self.read / 8 else "copy"))
         unit = ceilings.get(f"matmul {self.arithmetic}")
         if not memory or (self.flops and not unit):
             return None

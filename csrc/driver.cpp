@@ -44,6 +44,17 @@ const Driver* look(const char* path, std::string& why) {
     find("cuFuncSetAttribute", driver.cuFuncSetAttribute);
     find("cuLaunchKernelEx", driver.cuLaunchKernelEx);
     find("cuTensorMapEncodeTiled", driver.cuTensorMapEncodeTiled);
+    find("cuMemHostRegister_v2", driver.cuMemHostRegister_v2);
+    find("cuMemHostUnregister", driver.cuMemHostUnregister);
+    find("cuMemcpyDtoHAsync_v2", driver.cuMemcpyDtoHAsync_v2);
+    find("cuStreamCreate", driver.cuStreamCreate);
+    find("cuStreamDestroy_v2", driver.cuStreamDestroy_v2);
+    find("cuStreamSynchronize", driver.cuStreamSynchronize);
+    find("cuStreamWaitEvent", driver.cuStreamWaitEvent);
+    find("cuEventCreate", driver.cuEventCreate);
+    find("cuEventDestroy_v2", driver.cuEventDestroy_v2);
+    find("cuEventRecord", driver.cuEventRecord);
+    find("cuEventSynchronize", driver.cuEventSynchronize);
     return why.empty() ? new Driver(driver) : nullptr;
 }
 #else

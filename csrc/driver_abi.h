@@ -37,6 +37,9 @@ struct Config {
 enum class Swizzle : int { none, bytes32, bytes64, bytes128 };
 constexpr int FLOAT16 = 6, FLOAT32 = 7, BFLOAT16 = 9, NO_INTERLEAVE = 0, L2_256B = 3, ZEROS = 0;
 
+// Flags of pinned memory, streams and events.
+constexpr unsigned PORTABLE = 1, NON_BLOCKING = 1, BLOCKING_SYNC = 1, DISABLE_TIMING = 2;
+
 // The driver's functions, by name. Contexts, libraries, kernels, functions are opaque.
 struct Functions {
     Result (*cuGetErrorName)(Result, const char** name);
@@ -56,6 +59,17 @@ struct Functions {
     Result (*cuTensorMapEncodeTiled)(void* map, int element, unsigned rank, void* address,
                                      const uint64_t* shape, const uint64_t* strides, const unsigned* box,
                                      const unsigned* steps, int interleave, Swizzle, int l2, int outside);
+    Result (*cuMemHostRegister_v2)(void* memory, size_t bytes, unsigned flags);
+    Result (*cuMemHostUnregister)(void* memory);
+    Result (*cuMemcpyDtoHAsync_v2)(void* to, uint64_t from, size_t bytes, void* stream);
+    Result (*cuStreamCreate)(void** stream, unsigned flags);
+    Result (*cuStreamDestroy_v2)(void* stream);
+    Result (*cuStreamSynchronize)(void* stream);
+    Result (*cuStreamWaitEvent)(void* stream, void* event, unsigned flags);
+    Result (*cuEventCreate)(void** event, unsigned flags);
+    Result (*cuEventDestroy_v2)(void* event);
+    Result (*cuEventRecord)(void* event, void* stream);
+    Result (*cuEventSynchronize)(void* event);
 };
 
 }  // namespace emocore::abi

@@ -8,7 +8,6 @@ namespace emocore {
 struct Bytes {
     const char* data;
     int64_t rows, width, stride;
-    int64_t count() const { return rows * width; }
 };
 
 // Copies bytes [from, from + count) of the rows; returns the checksum `crc` continued by them. On the calling

@@ -13,6 +13,8 @@
 #include "crc32c.h"
 #include "dispatch.h"
 #include "driver.h"
+#include "fetch.h"
+#include "gather.h"
 #include "gram_cuda.h"
 #include "launching.h"
 #include "ring.h"
@@ -400,6 +402,7 @@ py::bytes gram_cuda_map(uint64_t address, uint64_t hooks, uint64_t parts, uint64
 struct OpenStream {
     std::shared_ptr<Ring> ring;
     Ring::Handle stream;
+    std::unique_ptr<Fetch> fetch;  // made for the first rows that come from a GPU
     ~OpenStream() { ring->abandon(stream); }
 };
 
@@ -440,7 +443,21 @@ py::tuple ring_close(Ring& ring, double seconds) {
 const char* stream_append(OpenStream& open, uintptr_t address, int64_t rows, int64_t width, int64_t stride,
                           bool wait, double seconds) {
     const Bytes bytes{reinterpret_cast<const char*>(address), rows, width, stride};
-    return said(open.ring->append(open.stream, bytes, wait, patient(seconds)));
+    const auto copy = [&](int64_t from, int64_t count, char* to, uint32_t crc) {
+        return gather(bytes, from, count, to, crc);
+    };
+    return said(open.ring->append(open.stream, {rows * width, copy}, wait, patient(seconds)));
+}
+
+const char* stream_append_device(OpenStream& open, uint64_t address, int64_t bytes, uint64_t after, bool wait,
+                                 double seconds) {
+    open.ring->pin();
+    const auto copy = [&](int64_t from, int64_t count, char* to, uint32_t crc) {
+        if (!open.fetch || !open.fetch->here()) open.fetch = std::make_unique<Fetch>();
+        if (from == 0) open.fetch->after(after);
+        return open.fetch->copy(address + from, count, to, crc);
+    };
+    return said(open.ring->append(open.stream, {bytes, copy}, wait, patient(seconds)));
 }
 
 uint32_t checksum(const py::buffer& data, uint32_t crc, bool portable) {
@@ -455,6 +472,8 @@ void bind_ring(py::module_& m) {
     const auto nogil = py::call_guard<py::gil_scoped_release>();
     py::class_<OpenStream>(m, "Stream")
         .def("append", stream_append, arg("address"), arg("rows"), arg("width"), arg("stride"), arg("wait"),
+             arg("seconds"), nogil)
+        .def("append_device", stream_append_device, arg("address"), arg("bytes"), arg("after"), arg("wait"),
              arg("seconds"), nogil)
         .def(
             "flush",
@@ -473,7 +492,8 @@ void bind_ring(py::module_& m) {
         .def(
             "open",
             [](const std::shared_ptr<Ring>& ring, int handle, int64_t offset, bool direct) {
-                return std::unique_ptr<OpenStream>(new OpenStream{ring, ring->open(handle, offset, direct)});
+                Ring::Handle stream = ring->open(handle, offset, direct);
+                return std::unique_ptr<OpenStream>(new OpenStream{ring, std::move(stream), nullptr});
             },
             arg("handle"), arg("offset"), arg("direct"))
         .def("live",

@@ -113,22 +113,27 @@ Ring::Handle Ring::open(int own_handle, int64_t offset, bool direct) {
 
 // --- what a producer does
 
-Outcome Ring::append(const Handle& stream, const Bytes& bytes, bool wait, const Patience& patience) {
+void Ring::pin() {
+    if (forked()) return;
+    const Lock lock(mutex_);
+    slots_.pin();
+}
+
+Outcome Ring::append(const Handle& stream, const Source& source, bool wait, const Patience& patience) {
     if (forked()) return Outcome::forked;
     Lock lock(mutex_);
     if (const Outcome claimed = claim(lock, *stream, patience); claimed != Outcome::done) return claimed;
     Turn turn(*this, lock, *stream);
-    const int64_t whole = bytes.count();
-    if (!wait && !turn.reserve(whole)) return judged(*stream, Outcome::full);
-    for (int64_t done = 0; done < whole;) {
+    if (!wait && !turn.reserve(source.bytes)) return judged(*stream, Outcome::full);
+    for (int64_t done = 0; done < source.bytes;) {
         if (!stream->slot) {
             const Outcome taken = take(lock, *stream, turn.reserved(), patience);
             if (taken != Outcome::done) return taken;
         }
-        const int64_t count = std::min(whole - done, slot_bytes_ - stream->fill);
+        const int64_t count = std::min(source.bytes - done, slot_bytes_ - stream->fill);
         char* const to = slots_.at(stream->slot) + stream->fill;
         lock.unlock();
-        const uint32_t crc = gather(bytes, done, count, to, stream->crc);
+        const uint32_t crc = source.copy(done, count, to, stream->crc);
         lock.lock();
         advance(stream, count, crc);
         done += count;

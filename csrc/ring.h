@@ -11,7 +11,6 @@
 #include <thread>
 #include <vector>
 
-#include "gather.h"
 #include "slots.h"
 
 namespace emocore {
@@ -51,6 +50,13 @@ struct Stream {
     bool abandoned = false;  // nobody holds it any more
 };
 
+// Bytes to append. `copy` copies [from, from + count) of them, and returns the checksum `crc` continued by
+// these; it is called without a lock, once at a time for a stream, and what it throws ends the append.
+struct Source {
+    int64_t bytes;
+    std::function<uint32_t(int64_t from, int64_t count, char* to, uint32_t crc)> copy;
+};
+
 struct Standing {
     int64_t bytes;  // appended
     uint32_t crc;   // of them
@@ -75,8 +81,11 @@ class Ring {
 
     Handle open(int own_handle, int64_t offset, bool direct);
 
+    // The slots may be copied to by a GPU from now on; throws DeviceError.
+    void pin();
+
     // All of the bytes or none; `full` at once where they do not fit and it shall not wait.
-    Outcome append(const Handle& stream, const Bytes& bytes, bool wait, const Patience& patience);
+    Outcome append(const Handle& stream, const Source& source, bool wait, const Patience& patience);
 
     // Waits until all that was appended is written, the last page of a direct stream padded with zeros.
     Outcome flush(const Handle& stream, const Patience& patience);

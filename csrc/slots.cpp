@@ -5,6 +5,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "driver.h"
+
 namespace emocore {
 
 Slots::Slots(int count, int64_t bytes) : bytes_(bytes), generations_(count) {
@@ -19,7 +21,20 @@ Slots::Slots(int count, int64_t bytes) : bytes_(bytes), generations_(count) {
     for (int slot = count; slot--;) free_.push_back(slot);
 }
 
-Slots::~Slots() { munmap(memory_, generations_.size() * static_cast<size_t>(bytes_)); }
+Slots::~Slots() {
+    if (pinned_by_) pinned_by_->cuMemHostUnregister(memory_);
+    munmap(memory_, generations_.size() * static_cast<size_t>(bytes_));
+}
+
+void Slots::pin() {
+    if (pinned_by_) return;
+    const Driver& driver = need_driver();
+    const size_t size = generations_.size() * static_cast<size_t>(bytes_);
+    driver.check(driver.cuMemHostRegister_v2(memory_, size, abi::PORTABLE),
+                 "cuMemHostRegister of a ring's slots", "",
+                 "Make the ring smaller, or append the rows' .cpu().");
+    pinned_by_ = &driver;
+}
 
 Lease Slots::take() {
     const int slot = free_.back();

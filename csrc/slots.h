@@ -5,6 +5,8 @@
 
 namespace emocore {
 
+struct Driver;
+
 constexpr int NONE = -1;
 
 // Which use of a slot is meant: it stays valid until the slot is given back.
@@ -26,6 +28,9 @@ class Slots {
     int free() const { return static_cast<int>(free_.size()); }
     int64_t bytes() const { return bytes_; }
 
+    // Lets a GPU copy to it at the full rate of the link; throws DeviceError.
+    void pin();
+
     Lease take();            // of one that is free; the last that was given back is the warmest
     void give(Lease lease);  // throws std::logic_error for a lease that has ended
     char* at(Lease lease) const { return memory_ + lease.slot * bytes_; }
@@ -34,6 +39,7 @@ class Slots {
   private:
     int64_t bytes_;
     char* memory_;
+    const Driver* pinned_by_ = nullptr;
     std::vector<uint64_t> generations_;  // odd while leased
     std::vector<int> free_;
 };

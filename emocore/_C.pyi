@@ -142,6 +142,9 @@ class Stream:
     def append(self, address: int, rows: int, width: int, stride: int, wait: bool, seconds: float) -> str:
         """`rows` times `width` bytes, `stride` bytes apart."""
 
+    def append_device(self, address: int, bytes: int, after: int, wait: bool, seconds: float) -> str:
+        """Bytes on the current device, as they are when the stream `after` has done what it was given until now."""
+
     def flush(self, seconds: float) -> str: ...
     def standing(self) -> tuple[int, int, int]:
         """Bytes appended, their CRC-32C, and the errno of the write that failed, or 0."""

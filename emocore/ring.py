@@ -119,19 +119,30 @@ class Stream:
     def append(self, data: Tensor, *, wait: bool = True) -> bool:
         """Copy the bytes of `data`, of any dtype and strides, row by row; all of them or none.
 
+        Of a tensor on a GPU, what it holds when its device's current stream has come so far. The copy runs beside
+        that stream, and this thread waits for it: let it be one that does not launch the model.
+
         Without `wait` it returns False where the free slots do not hold them. Else it waits for slots; raises
         BackpressureError when none becomes free within the ring's timeout, StoreError when the file has failed, the
         ring is closed, or this is a fork of its process.
         """
-        if data.device.type != "cpu":
-            raise ArgumentError("data", expected="a tensor on the CPU", got=data.device, way_out="Append data.cpu().")
-        width, apart = data.element_size(), data.dim() == 2 and data.stride(1) == 1 and not data.is_contiguous()
-        data = data if apart else data.contiguous()
-        rows, cols, stride = (*data.shape, data.stride(0)) if apart else (1, data.numel(), data.numel())
-        outcome = self._stream.append(data.data_ptr(), rows, cols * width, stride * width, wait, self.ring.timeout)
+        if data.device.type not in ("cpu", "cuda"):
+            raise ArgumentError("data", expected="a tensor on the CPU or a GPU", got=data.device)
+        outcome = self._from_device(data, wait) if data.is_cuda else self._from_host(data, wait)
         if outcome not in ("done", "full"):
             raise self._refused(outcome)
         return bool(outcome == "done")
+
+    def _from_host(self, data: Tensor, wait: bool) -> Any:
+        width, apart = data.element_size(), data.dim() == 2 and data.stride(1) == 1 and not data.is_contiguous()
+        data = data if apart else data.contiguous()
+        rows, cols, stride = (*data.shape, data.stride(0)) if apart else (1, data.numel(), data.numel())
+        return self._stream.append(data.data_ptr(), rows, cols * width, stride * width, wait, self.ring.timeout)
+
+    def _from_device(self, data: Tensor, wait: bool) -> Any:
+        with torch.cuda.device(data.device):
+            data, after = data.contiguous(), torch.cuda.current_stream().cuda_stream
+            return self._stream.append_device(data.data_ptr(), data.nbytes, after, wait, self.ring.timeout)
 
     def flush(self) -> None:
         """Wait until every byte appended is written, not synced; raises as `append` does.

@@ -21,6 +21,8 @@ void fake_fail(const char* function, int result) {
     failure = result;
 }
 
+static void reset_streams(void);
+
 void fake_reset(int count, const int* bytes) {
     log_end = 0;
     log_text[0] = 0;
@@ -29,6 +31,7 @@ void fake_reset(int count, const int* bytes) {
     size_count = count;
     memcpy(sizes, bytes, count * sizeof *bytes);
     current = (CUcontext)1;
+    reset_streams();
 }
 
 static void note(const char* format, ...) {
@@ -176,3 +179,5 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
     memset(map, 0xab, sizeof *map);
     return CUDA_SUCCESS;
 }
+
+#include "fake_streams.h"
