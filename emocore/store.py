@@ -20,15 +20,17 @@ from .auditing import Audit, verify
 from .calibration import Calibration, StreamReference
 from .directions import ByHookPoint, Directions
 from .errors import ArgumentError, StoreError
+from .exporting import to_hdf5
 from .formats import FORMATS, MAX_TEXT, Format, parse
 from .joining import join
 from .moments import Moments
 from .precision import FLOATS
 from .publishing import publish
+from .replaying import activations
 from .sums import Sums
 from .tokens import Tokens
 
-__all__ = ["Audit", "join", "load", "save", "verify"]
+__all__ = ["Audit", "join", "load", "save", "to_hdf5", "verify"]
 
 FORMAT = 1
 MAX_BYTES = 1 << 36  # of a file, before it is read
@@ -66,11 +68,13 @@ def save(obj: Stored | Mapping[str, Stored], path: str | os.PathLike[str]) -> No
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Load what `save` wrote: Moments, Directions, or {hook point: one of them}.
+    """Load what `save` wrote: Moments, Directions, or {hook point: one of them}; of a folder, its `activations`.
 
     Raises StoreError, naming the file and what is wrong, for a missing, corrupt, foreign or newer file.
     """
     path = Path(path)
+    if path.suffix not in FORMATS and path.is_dir():
+        return activations(path)
     form = _format(path)
     data = _read(path)
     try:
