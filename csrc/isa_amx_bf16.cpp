@@ -36,6 +36,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
@@ -62,7 +63,7 @@ static bool usable() {
 }
 
 const Kernels amx_bf16_kernels = {"amx_bf16", usable, usable, stage, label_sums,
-                                  gram_bfloat16, project, steer_add};
+                                  gram_bfloat16, project, steer_add, peak_of_tiles};
 
 }  // namespace emocore
 #endif

@@ -26,6 +26,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
@@ -40,7 +41,7 @@ namespace emocore {
 
 static bool usable() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-const Kernels avx2_kernels = {"avx2", usable, usable, stage, label_sums, gram, project, steer_add};
+const Kernels avx2_kernels = {"avx2", usable, usable, stage, label_sums, gram, project, steer_add, peak};
 
 }  // namespace emocore
 #endif

@@ -34,6 +34,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
@@ -53,7 +54,7 @@ bool has_avx512() {
 }
 
 const Kernels avx512_kernels = {"avx512",   has_avx512, has_avx512, stage,
-                                label_sums, gram,       project,    steer_add};
+                                label_sums, gram,       project,    steer_add,  peak};
 
 }  // namespace emocore
 #endif

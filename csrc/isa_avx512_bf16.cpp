@@ -34,6 +34,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
@@ -53,7 +54,7 @@ static bool usable() { return has_avx512() && __builtin_cpu_supports("avx512bf16
 static bool worthwhile() { return usable() && !__builtin_cpu_is("intel"); }
 
 const Kernels avx512_bf16_kernels = {
-    "avx512_bf16", usable, worthwhile, stage, label_sums, gram_bfloat16, project, steer_add};
+    "avx512_bf16", usable, worthwhile, stage, label_sums, gram_bfloat16, project, steer_add, peak_of_pairs};
 
 }  // namespace emocore
 #endif

@@ -14,6 +14,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
@@ -22,6 +23,6 @@ namespace emocore {
 
 static bool usable() { return true; }
 
-const Kernels scalar_kernels = {"scalar", usable, usable, stage, label_sums, gram, project, steer_add};
+const Kernels scalar_kernels = {"scalar", usable, usable, stage, label_sums, gram, project, steer_add, peak};
 
 }  // namespace emocore

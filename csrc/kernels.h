@@ -53,6 +53,12 @@ struct SteerAdd {
     int threads;
 };
 
+struct Peak {
+    DType arithmetic;  // float64, float32 or bfloat16
+    int64_t turns;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     bool (*usable)();
@@ -62,6 +68,7 @@ struct Kernels {
     void (*gram)(const Gram&);
     void (*project)(const Project&);
     void (*steer_add)(const SteerAdd&);
+    double (*peak)(const Peak&);  // operations done
 };
 
 }  // namespace emocore

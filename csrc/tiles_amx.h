@@ -194,6 +194,19 @@ struct TileProduct {
     }
 };
 
+double peak_of_tiles(const Peak& job) {
+    if (job.arithmetic != DType::bfloat16) return peak(job);
+    return peak_of(job, [](int64_t turns) {
+        alignas(64) constexpr char zeros[2 * TileProduct::TILE_BYTES] = {};
+        _tile_loadconfig(TILE_SHAPES);
+        TileProduct::load_left(zeros);
+        TileProduct::load_right(zeros);
+        for (int64_t turn = 0; turn < turns; ++turn) TileProduct::add_products();
+        _tile_release();
+        return turns * 4 * 2.0 * 16 * 16 * TileProduct::PACK_ROWS;
+    });
+}
+
 // Whether x - s keeps to 16 bits, all but the smallest: s is written in few itself, as those that freeze are.
 inline bool is_short(double s) {
     constexpr uint32_t BEYOND = 0xfff;  // of the 24 bits of a float, those past the first 12

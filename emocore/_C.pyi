@@ -68,6 +68,9 @@ def project(
 def steer_add(rows: Activations, delta: Reals, out: Activations, threads: int) -> None:
     """out = x + delta, rounded once; out may be rows."""
 
+def peak(arithmetic: str, turns: int, threads: int) -> float:
+    """Operations that a team does in `turns` rounds of multiply-adds on registers: time the call for the ceiling."""
+
 def isa() -> str:
     """The instruction set in use."""
 
