@@ -36,7 +36,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--scale", choices=[*SCALES], default="full", help="how large the cases are")
     group.addoption("--dry", action="store_true", help="the GPU's cases on the CPU, tiny and interpreted")
     group.addoption("--seconds", type=float, default=float("inf"), help="start no case after so many")
+    group.addoption("--threads", default=None, help="of the CPU, separated by commas; one and all without it")
     group.addoption("--results", type=Path, default=None, help="folder for the JSON")
+    group.addoption("--json", type=Path, default=None, help="file for the JSON")
+    group.addoption("--chart", type=Path, default=None, help="file name without its ending, for a chart")
+    group.addoption("--dropped", action="append", default=[], help="a setting, NAME=VALUE, that was taken away before")
     group.addoption("--seed", type=int, default=None, help="of the random inputs; fresh in every run without it")
 
 
@@ -55,12 +59,16 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = int.from_bytes(os.urandom(3)) if seed is None else seed
     config.stash[REPORT] = Report(machine, seed, path)
     config.stash[REPORT].environment |= attach(machine)
+    config.stash[REPORT].environment["dropped"] = dict(one.split("=", 1) for one in config.getoption("--dropped"))
     config.stash[STARTED] = time.monotonic()
 
 
 def _path(config: pytest.Config, machine: Machine) -> Path:
-    """Where the JSON goes: what is no measurement is not kept."""
-    kept = RESULTS if machine.scale.name == "full" else Path(tempfile.gettempdir())
+    """Where the JSON goes: without a wish, what is no measurement to a temporary folder."""
+    if config.getoption("--json"):
+        return config.getoption("--json")
+    kept = RESULTS if RESULTS.is_dir() else Path.cwd()  # a checkout, a wheel
+    kept = kept if machine.scale.name == "full" else Path(tempfile.gettempdir())
     return (config.getoption("--results") or kept) / file_name(machine.name, datetime.now())
 
 
@@ -82,14 +90,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     machine = metafunc.config.stash[REPORT].machine
-    counts = [1] if machine.gpu or machine.scale.tiny else [1, 2]
+    counts = [1]
+    if not (machine.gpu or machine.scale.tiny):
+        wanted = metafunc.config.getoption("--threads")
+        counts = list(map(int, wanted.split(","))) if wanted else sorted({1, len(os.sched_getaffinity(0))})
     if "threads" in metafunc.fixturenames:
         metafunc.parametrize("threads", counts, ids=[f"{n} thread{'s'[: n - 1]}" for n in counts], indirect=True)
 
 
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """On the CPU every case runs on one thread and on two."""
+    """On the CPU every case runs on one thread and on all."""
     if request.config.stash[REPORT].machine.cuda:
         yield request.param
         return
@@ -202,3 +213,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line("")
         for line in report.lines():
             terminalreporter.write_line(line)
+    if config.getoption("--chart") and report.ceilings:
+        terminalreporter.write_line(_drawn(report, config.getoption("--chart")))
+
+
+def _drawn(report: Report, stem: Path) -> str:
+    """Draw the chart where matplotlib is; says where it is, or why it is not."""
+    try:
+        from . import chart
+    except ImportError as error:
+        return f"no chart: {error}; it needs emocore-engine[plot]"
+    return f"chart: {', '.join(map(str, chart.draw(report.document(), stem)))}"

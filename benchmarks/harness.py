@@ -53,6 +53,14 @@ def error_of(found: Tensor, exact: Tensor) -> float:
     return float((found.to(exact.device).double() - exact).abs().max() / exact.abs().max())
 
 
+def spread_of(taken: Sequence[float]) -> float:
+    """Between the quartiles of some times, as a fraction of their median: how far the figure is to be trusted."""
+    if len(taken) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(taken, method="inclusive")
+    return (high - low) / middle
+
+
 def cold(machine: Machine, make: Callable[[torch.Generator], Any], nbytes: float, seed: int) -> list[Any]:
     """Inputs to rotate over, each from `make` with its own random numbers: more than a GPU's cache holds."""
     buffers = 1
@@ -146,8 +154,14 @@ def _time(
     figures = {c.name: c.figures for c in running}
     for name, taken in zip(calls, zip(*times, strict=True), strict=True):
         seconds = statistics.median(taken)
-        fraction = None if floor is None else floor / seconds
-        lines[name] = replace(lines[name], seconds=seconds, fraction=fraction)
+        lines[name] = replace(
+            lines[name],
+            seconds=seconds,
+            best=min(taken),
+            spread=spread_of(taken),
+            rounds=len(taken),
+            fraction=None if floor is None else floor / seconds,
+        )
         measure = figures[name]
         if measure is not None:
             with _quiet():

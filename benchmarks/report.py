@@ -14,7 +14,7 @@ from . import bars
 from .machine import Machine, environment
 from .results import OK, Line, Result
 
-VERSION = 1
+VERSION = 2
 DRY = "dry run, no figure is a measurement"
 HEAD = ("case", "threads", "impl", "ms", "ours is", "error", "rate", "of ceiling", "")
 BARS_HEAD = ("bar", "what", "case", "required", "got", "met")
@@ -43,6 +43,9 @@ CONTENDER = {
     "impl": str,
     "status": str,
     "seconds": (float, type(None)),
+    "best_seconds": (float, type(None)),
+    "spread": (float, type(None)),
+    "rounds": int,
     "error_vs_float64": (float, type(None)),
     "fraction_of_ceiling": (float, type(None)),
 }

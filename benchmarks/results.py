@@ -60,7 +60,10 @@ class Line:
 
     impl: str
     status: str = OK
-    seconds: float | None = None
+    seconds: float | None = None  # the median of the rounds
+    best: float | None = None  # the fastest of them
+    spread: float | None = None  # between their quartiles, as a fraction of the median
+    rounds: int = 0
     error: float | None = None
     fraction: float | None = None  # of the ceiling
     more: Mapping[str, float] = field(default_factory=dict)
@@ -119,6 +122,9 @@ class Result:
                     "impl": line.impl,
                     "status": line.status,
                     "seconds": line.seconds,
+                    "best_seconds": line.best,
+                    "spread": line.spread,
+                    "rounds": line.rounds,
                     "error_vs_float64": line.error,
                     "fraction_of_ceiling": line.fraction,
                     **({"more": dict(line.more)} if line.more else {}),
