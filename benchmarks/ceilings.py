@@ -14,7 +14,7 @@ from emocore.native import extension
 from .machine import Machine, Timed
 
 ROUNDS = 7
-WHILE = 0.2  # seconds of rounds on the CPU: of many short ones some have the cores for themselves
+WHILE = 0.2  # seconds of rounds on the CPU, of which the best had the cores to itself
 TURNS = 1 << 22  # of a peak's loop: some milliseconds
 
 
@@ -39,12 +39,9 @@ def _rate(machine: Machine, call: Callable[[], Any], work: float) -> float:
     if machine.cuda:
         timed = Timed(call, hides_launch=True)
         return work / min(machine.seconds([timed])[0] for _ in range(ROUNDS))
-    best, start = math.inf, time.perf_counter()
-    while (begun := time.perf_counter()) < start + WHILE or best == math.inf:
-        call()
-        best = min(best, time.perf_counter() - begun)
-        if machine.dry:
-            break
+    timed, best, start = Timed(call, computes=True), math.inf, time.perf_counter()
+    while best == math.inf or (time.perf_counter() < start + WHILE and not machine.dry):
+        best = min(best, machine.seconds([timed])[0])
     return work / best
 
 

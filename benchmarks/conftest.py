@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from . import ceilings, harness
+from .llama import Llama
 from .machine import Machine
 from .ours import OURS, attach
 from .report import Report, file_name
 from .results import Case, Line, Result
-from .shapes import SCALES
+from .shapes import MODELS, SCALES, TINY_MODEL
 
 RESULTS = Path(__file__).parent / "results"
 # Files by what they take of the time that a run has; of one that is cut short the first have figures.
-ORDER = ("gram", "moments", "label_sums", "project", "steering", "small_calls", "accuracy", "ring", "models")
+ORDER = ("gram", "moments", "label_sums", "project", "steering", "small_calls", "accuracy", "ring", "model", "decoding")
 REPORT = pytest.StashKey[Report]()
 STARTED = pytest.StashKey[float]()
 RACED = pytest.StashKey[bool]()
@@ -151,6 +152,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         item.stash[RACED] = True
         item.config.stash[REPORT].add(_unmeasured(item, harness.failed(call.excinfo.value)))
     return found
+
+
+@pytest.fixture(scope="session")
+def model(request: pytest.FixtureRequest) -> Llama:
+    """Llama-3-8B's shape with random weights; a tiny one where nothing is measured."""
+    machine = request.config.stash[REPORT].machine
+    torch.manual_seed(0)
+    return Llama(TINY_MODEL if machine.scale.tiny else MODELS["Llama-3-8B"], machine.device, torch.bfloat16)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .machine import Machine, Timed, poisoned
-from .results import OK, Case, Line, Result
+from .results import COMPUTES, OK, Case, Line, Result
 from .shapes import COLD_BYTES
 
 FEW_BUFFERS, MOST_BUFFERS = 2, 64
@@ -51,14 +51,6 @@ def unchecked(given: Any) -> None:
 def error_of(found: Tensor, exact: Tensor) -> float:
     """Largest difference relative to the largest exact value; NaN or Inf where anything is not finite."""
     return float((found.to(exact.device).double() - exact).abs().max() / exact.abs().max())
-
-
-def spread_of(taken: Sequence[float]) -> float:
-    """Between the quartiles of some times, as a fraction of their median: how far the figure is to be trusted."""
-    if len(taken) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(taken, method="inclusive")
-    return (high - low) / middle
 
 
 def cold(machine: Machine, make: Callable[[torch.Generator], Any], nbytes: float, seed: int) -> list[Any]:
@@ -137,10 +129,13 @@ def _time(
     with _quiet():
         for contender in running:
             call = Timed(
-                lambda c=contender: c.call(inputs[next(turn) % len(inputs)]), contender.around, case.hides_launch
+                lambda c=contender: c.call(inputs[next(turn) % len(inputs)]),
+                contender.around,
+                case.hides_launch,
+                case.op in COMPUTES,
             )
             try:
-                for _ in range(0 if machine.scale.tiny else 2):
+                for _ in range(machine.scale.warm):
                     last = machine.seconds([call])[0]
                 once += last
             except Exception as raised:
@@ -148,6 +143,7 @@ def _time(
                 continue
             calls[contender.name] = call
         fewest, most = machine.scale.rounds
+        fewest = fewest if machine.scale.name == "quick" else max(fewest, min(case.rounds, most))
         rounds = min(max(int(machine.scale.seconds / max(once, 1e-9)), fewest), most)
         times = [machine.seconds(list(calls.values())) for _ in range(rounds)]
     floor = case.work.floor(ceilings)
@@ -157,9 +153,7 @@ def _time(
         lines[name] = replace(
             lines[name],
             seconds=seconds,
-            best=min(taken),
-            spread=spread_of(taken),
-            rounds=len(taken),
+            taken=taken,
             fraction=None if floor is None else floor / seconds,
         )
         measure = figures[name]

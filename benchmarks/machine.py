@@ -41,6 +41,7 @@ class Timed:
     call: Callable[[], Any]
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     hides_launch: bool = False
+    computes: bool = False  # waits for nothing: on one thread of a CPU its clock is CPU time
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Machine:
     def seconds(self, calls: Sequence[Timed]) -> list[float]:
         """How long each call took, run once each in order; on a GPU between two events of its own."""
         if not self.cuda:
-            return [_wall(timed, torch.get_num_threads() > 1 and not self.scale.tiny) for timed in calls]
+            return [_taken(timed, torch.get_num_threads() > 1 and not self.scale.tiny) for timed in calls]
         pairs = [_events(timed) for timed in calls]
         self.synchronize()
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
@@ -89,21 +90,22 @@ class Machine:
             torch.cuda.empty_cache()
 
 
-def _wall(timed: Timed, teams: bool) -> float:
+def _taken(timed: Timed, teams: bool) -> float:
     """Of `teams` of threads, once everybody else's sleep and a call has woken its own."""
     with timed.around():
         if teams:
             time.sleep(IDLE)
-            first = _clocked(timed.call)
+            first = _clocked(timed.call, time.perf_counter)
             if first > LONG:
                 return first
-        return _clocked(timed.call)
+        alone = timed.computes and torch.get_num_threads() == 1
+        return _clocked(timed.call, time.process_time if alone else time.perf_counter)
 
 
-def _clocked(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def _clocked(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _events(timed: Timed) -> tuple[Any, Any]:
@@ -140,6 +142,7 @@ def environment(machine: Machine) -> dict[str, Any]:
         "driver": driver() if machine.cuda else None,
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],  # of others, before the run
         "versions": versions(),
         "commit": commit(),
         "float32 matmul": torch.get_float32_matmul_precision(),
@@ -177,6 +180,8 @@ def driver() -> str | None:
 
 def commit() -> str | None:
     """The checkout's commit, with a + where files differ from it; None outside of a repository."""
+    if not (ROOT / ".git").exists():  # an installed package, perhaps inside somebody's checkout
+        return None
     head = _said(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
     changed = _said(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return f"{head}+" if head and changed else head

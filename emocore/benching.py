@@ -31,7 +31,7 @@ NEEDED = ("pytest", "pytest_benchmark", "threadpoolctl", "scipy")
 # -P: whatever stands in the folder that this is run from is not to be imported. No settings but these.
 PYTEST = (
     *("-P", "-m", "pytest", "-c", os.devnull, "--import-mode=importlib", "-o", "python_files=bench_*.py"),
-    *("-q", "-rfE", "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet"),
+    *("-q", "-rfE", "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet", "--disable-warnings"),
 )
 HERE = Path(__file__).resolve().parent
 
