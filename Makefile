@@ -34,7 +34,7 @@ check: all
 	@$(BIN)/mypy --no-error-summary
 
 bench: all $(VENV)/.peers
-	@$(BIN)/emocore bench $(if $(QUICK),--quick --seconds 60,--chart docs/benchmarks)
+	@$(BIN)/emocore bench $(if $(QUICK),--quick --seconds 75,--chart docs/benchmarks)
 
 $(VENV)/.peers: .ci/peers $(VENV)/.installed
 	@.ci/peers $(VENV)

@@ -29,7 +29,7 @@ WIDE = 2048  # from this width on the products outweigh the rest
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("dim", [384, 1024])
+@pytest.mark.parametrize("dim", [384, pytest.param(1024, marks=pytest.mark.long)])
 def test_update(race, machine: Machine, seed: int, dim: int, dtype: torch.dtype) -> None:
     """One more batch into label means and a full covariance that are kept: as every one of them is used in a loop."""
     rows, dim, k = machine.scale.rows(4096, tiny=600), machine.scale.dim(dim), machine.scale.labels()

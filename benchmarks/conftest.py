@@ -49,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: a case of a GPU, or of a dry run")
     config.addinivalue_line("markers", "cpu: a case of a CPU")
     config.addinivalue_line("markers", "alike: cases that differ in size alone; a dry run takes the first of them")
+    config.addinivalue_line("markers", "long: a case that a quick run leaves out")
+    config.addinivalue_line("markers", "once: a case that a quick run times on the fewest threads alone")
     dry = config.getoption("--dry")
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
@@ -77,6 +79,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the cases of the other kind of machine, and what a dry run would only repeat."""
     machine = config.stash[REPORT].machine
     left = [item for item in items if item.get_closest_marker("cpu" if machine.gpu else "gpu")]
+    if machine.scale.name == "quick":
+        left += [item for item in items if item not in left and _is_left_out(item)]
     seen: set[str] = set()
     for item in items if machine.dry else ():
         if item.get_closest_marker("alike"):
@@ -89,12 +93,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left)
 
 
+def _is_left_out(item: pytest.Item) -> bool:
+    """Whether a quick run does without it."""
+    counts = _counts(item.config)
+    twice = item.callspec.params["threads"] != counts[0]
+    return bool(item.get_closest_marker("long")) or (twice and bool(item.get_closest_marker("once")))
+
+
+def _counts(config: pytest.Config) -> list[int]:
+    """How many threads the cases run on, one after the other."""
+    machine, wanted = config.stash[REPORT].machine, config.getoption("--threads")
+    if machine.gpu or machine.scale.tiny:
+        return [1]
+    return list(map(int, wanted.split(","))) if wanted else sorted({1, len(os.sched_getaffinity(0))})
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    machine = metafunc.config.stash[REPORT].machine
-    counts = [1]
-    if not (machine.gpu or machine.scale.tiny):
-        wanted = metafunc.config.getoption("--threads")
-        counts = list(map(int, wanted.split(","))) if wanted else sorted({1, len(os.sched_getaffinity(0))})
+    counts = _counts(metafunc.config)
     if "threads" in metafunc.fixturenames:
         metafunc.parametrize("threads", counts, ids=[f"{n} thread{'s'[: n - 1]}" for n in counts], indirect=True)
 

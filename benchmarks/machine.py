@@ -20,6 +20,7 @@ import torch
 
 import emocore
 from emocore.benching import HAMPERING
+from emocore.errors import NativeMissingError
 from emocore.native import extension
 
 from .shapes import SCALES, Scale
@@ -146,7 +147,7 @@ def environment(machine: Machine) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
         "float32 matmul": torch.get_float32_matmul_precision(),
-        "isa": extension().isa(),
+        "isa": isa(),
         "settings": {name: os.environ[name] for name in HAMPERING if name in os.environ},
     }
     if machine.cuda:
@@ -169,6 +170,14 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def isa() -> str | None:
+    """The instruction set that computes on the CPU; None before the extension is built."""
+    try:
+        return extension().isa()
+    except NativeMissingError:
+        return None
 
 
 def driver() -> str | None:

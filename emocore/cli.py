@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="measure this machine beside what others use, every speed with its error")
     bench.add_argument("--quick", action="store_true", help="fewer rounds")
     bench.add_argument("--only", type=_listed, default=[], help="benchmarks, separated by commas, such as gram,moments")
-    bench.add_argument("--threads", help="of the CPU, separated by commas (default: one and all)")
+    bench.add_argument("--threads", type=_counted, help="of the CPU, separated by commas (default: one and all)")
     bench.add_argument("--seconds", type=float, help="start no case after so many")
     bench.add_argument("--json", help="file for the result (default: named after device and date)")
     bench.add_argument("--chart", help="file name without its ending, for a chart as .svg and .png")
@@ -102,6 +102,12 @@ def run_benchmarks(given: argparse.Namespace) -> int:
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _counted(text: str) -> str:
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected numbers from 1 on, separated by commas, got {text!r}")
+    return text
 
 
 def _line(row: Row) -> str:

@@ -407,7 +407,7 @@ def test_a_file_is_named_after_device_and_date() -> None:
 # --- the cases themselves, and the script
 
 
-def call(*command: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+def call(*command: str, timeout: float = 180, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -456,6 +456,19 @@ def test_a_run_that_is_out_of_time_says_so_of_every_case() -> None:
     rows = [line for line in done.stdout.splitlines() if line.startswith("test_")]
     assert len(rows) == 19
     assert all(line.endswith("not run: out of time") for line in rows)
+
+
+def test_a_quick_run_leaves_out_what_takes_long() -> None:
+    """And runs whole models on the fewest threads; a full run does neither."""
+    quick, full = (
+        benchmarks("--scale", scale, "--threads", "1,2", "--collect-only").stdout.splitlines()
+        for scale in ("quick", "full")
+    )
+    left = [line for line in full if "::" in line and line not in quick]
+    assert {line.split("::")[1].split("[")[0] for line in left} == {"test_update", "test_minilm", "test_llama"}
+    assert all("-1024-" in line or "2 threads" in line for line in left)
+    assert any("test_llama[1 thread-" in line for line in quick)
+    assert all(line in full for line in quick if "::" in line)
 
 
 def test_the_script_lists_its_steps_and_refuses_nonsense() -> None:

@@ -63,6 +63,14 @@ def test_an_unknown_name_lists_the_known(started: list[Any], capsys: pytest.Capt
     assert "label_sums" in said
 
 
+def test_threads_are_numbers(started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("0", "two", "1,,2", "-1"):
+        with pytest.raises(SystemExit):
+            cli.main(["bench", f"--threads={wrong}"])
+        assert repr(wrong) in capsys.readouterr().err
+    assert not started
+
+
 def test_a_missing_package_is_named(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benching, "NEEDED", ("pytest", "no_such_package_here"))
     with pytest.raises(ArgumentError, match=r"no_such_package_here.*emocore-engine\[bench\]"):
