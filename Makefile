@@ -1,7 +1,7 @@
 # make         a virtual environment with the native extension built in place
 # make demo    from a real model to emotion vectors, printing every figure (MODEL=folder for another model)
 # make test    style, types and all tests, as CI runs them (JOBS= processes)
-# make bench   the benchmarks on the CPU (QUICK=1 for fewer rounds)
+# make bench   the benchmarks on the CPU beside what others use, and a chart of them (QUICK=1 for fewer rounds)
 # make gpu     build, tests and benchmarks on an NVIDIA GPU, with the torch of $(PYTHON) (DRY=1 without one)
 # make corpus  the figures of the default corpus
 
@@ -33,8 +33,12 @@ check: all
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary
 
-bench: all
-	@$(BIN)/pytest benchmarks --benchmark-only --benchmark-quiet -rfE $(if $(QUICK),--scale quick --seconds 60)
+bench: all $(VENV)/.peers
+	@$(BIN)/emocore bench $(if $(QUICK),--quick --seconds 75,--chart docs/benchmarks)
+
+$(VENV)/.peers: .ci/peers $(VENV)/.installed
+	@.ci/peers $(VENV)
+	@touch $@
 
 gpu: $(if $(DRY),all)
 	@$(PYTHON) .ci/gpu $(if $(DRY),--dry) $(if $(BUDGET),--budget $(BUDGET))

@@ -27,6 +27,8 @@ CPU = {
     "G13": "rows to disk, synced, and back",
     "G14": "gram on the CPU",
     "G15": "label sums, project, steer on the CPU",
+    "G17": "whole update on the CPU",
+    "G18": "whole model on the CPU",
 }
 
 
@@ -75,8 +77,7 @@ def slows(bar: str, required: float, plain: str) -> Bar:
     """At most this much slower than the contender `plain`, as a fraction of it."""
 
     def slowdown(result: Result) -> float | None:
-        ratio = result.ratio(plain)
-        return None if ratio is None else 1 / ratio - 1
+        return next((result.ours.slower_than(line) for line in result.others(plain)), None)
 
     return Bar(bar, f"slower than {plain}", required, slowdown, at_most=True)
 

@@ -17,15 +17,28 @@ import torch
 from torch import Tensor
 
 from . import ceilings, harness
+from .llama import Llama
 from .machine import Machine
 from .ours import OURS, attach
 from .report import Report, file_name
 from .results import Case, Line, Result
-from .shapes import SCALES
+from .shapes import MODELS, SCALES, TINY_MODEL
 
 RESULTS = Path(__file__).parent / "results"
 # Files by what they take of the time that a run has; of one that is cut short the first have figures.
-ORDER = ("gram", "moments", "label_sums", "project", "steering", "small_calls", "accuracy", "ring", "store", "models")
+ORDER = (
+    "gram",
+    "moments",
+    "label_sums",
+    "project",
+    "steering",
+    "small_calls",
+    "accuracy",
+    "ring",
+    "store",
+    "model",
+    "decoding",
+)
 REPORT = pytest.StashKey[Report]()
 STARTED = pytest.StashKey[float]()
 RACED = pytest.StashKey[bool]()
@@ -36,7 +49,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--scale", choices=[*SCALES], default="full", help="how large the cases are")
     group.addoption("--dry", action="store_true", help="the GPU's cases on the CPU, tiny and interpreted")
     group.addoption("--seconds", type=float, default=float("inf"), help="start no case after so many")
+    group.addoption("--threads", default=None, help="of the CPU, separated by commas; one and all without it")
     group.addoption("--results", type=Path, default=None, help="folder for the JSON")
+    group.addoption("--json", type=Path, default=None, help="file for the JSON")
+    group.addoption("--chart", type=Path, default=None, help="file name without its ending, for a chart")
+    group.addoption("--dropped", action="append", default=[], help="a setting, NAME=VALUE, that was taken away before")
     group.addoption("--seed", type=int, default=None, help="of the random inputs; fresh in every run without it")
 
 
@@ -44,6 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: a case of a GPU, or of a dry run")
     config.addinivalue_line("markers", "cpu: a case of a CPU")
     config.addinivalue_line("markers", "alike: cases that differ in size alone; a dry run takes the first of them")
+    config.addinivalue_line("markers", "long: a case that a quick run leaves out")
+    config.addinivalue_line("markers", "once: a case that a quick run times on the fewest threads alone")
     dry = config.getoption("--dry")
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
@@ -55,12 +74,16 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = int.from_bytes(os.urandom(3)) if seed is None else seed
     config.stash[REPORT] = Report(machine, seed, path)
     config.stash[REPORT].environment |= attach(machine)
+    config.stash[REPORT].environment["dropped"] = dict(one.split("=", 1) for one in config.getoption("--dropped"))
     config.stash[STARTED] = time.monotonic()
 
 
 def _path(config: pytest.Config, machine: Machine) -> Path:
-    """Where the JSON goes: what is no measurement is not kept."""
-    kept = RESULTS if machine.scale.name == "full" else Path(tempfile.gettempdir())
+    """Where the JSON goes: without a wish, what is no measurement to a temporary folder."""
+    if config.getoption("--json"):
+        return config.getoption("--json")
+    kept = RESULTS if RESULTS.is_dir() else Path.cwd()  # a checkout, a wheel
+    kept = kept if machine.scale.name == "full" else Path(tempfile.gettempdir())
     return (config.getoption("--results") or kept) / file_name(machine.name, datetime.now())
 
 
@@ -68,6 +91,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the cases of the other kind of machine, and what a dry run would only repeat."""
     machine = config.stash[REPORT].machine
     left = [item for item in items if item.get_closest_marker("cpu" if machine.gpu else "gpu")]
+    if machine.scale.name == "quick":
+        left += [item for item in items if item not in left and _is_left_out(item)]
     seen: set[str] = set()
     for item in items if machine.dry else ():
         if item.get_closest_marker("alike"):
@@ -80,16 +105,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left)
 
 
+def _is_left_out(item: pytest.Item) -> bool:
+    """Whether a quick run does without it."""
+    counts = _counts(item.config)
+    twice = item.callspec.params["threads"] != counts[0]
+    return bool(item.get_closest_marker("long")) or (twice and bool(item.get_closest_marker("once")))
+
+
+def _counts(config: pytest.Config) -> list[int]:
+    """How many threads the cases run on, one after the other."""
+    machine, wanted = config.stash[REPORT].machine, config.getoption("--threads")
+    if machine.gpu or machine.scale.tiny:
+        return [1]
+    return list(map(int, wanted.split(","))) if wanted else sorted({1, len(os.sched_getaffinity(0))})
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    machine = metafunc.config.stash[REPORT].machine
-    counts = [1] if machine.gpu or machine.scale.tiny else [1, 2]
+    counts = _counts(metafunc.config)
     if "threads" in metafunc.fixturenames:
         metafunc.parametrize("threads", counts, ids=[f"{n} thread{'s'[: n - 1]}" for n in counts], indirect=True)
 
 
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """On the CPU every case runs on one thread and on two."""
+    """On the CPU every case runs on one thread and on all."""
     if request.config.stash[REPORT].machine.cuda:
         yield request.param
         return
@@ -140,6 +179,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         item.stash[RACED] = True
         item.config.stash[REPORT].add(_unmeasured(item, harness.failed(call.excinfo.value)))
     return found
+
+
+@pytest.fixture(scope="session")
+def model(request: pytest.FixtureRequest) -> Llama:
+    """Llama-3-8B's shape with random weights; a tiny one where nothing is measured."""
+    machine = request.config.stash[REPORT].machine
+    torch.manual_seed(0)
+    return Llama(TINY_MODEL if machine.scale.tiny else MODELS["Llama-3-8B"], machine.device, torch.bfloat16)
 
 
 @pytest.fixture
@@ -202,3 +249,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line("")
         for line in report.lines():
             terminalreporter.write_line(line)
+    if config.getoption("--chart") and report.ceilings:
+        terminalreporter.write_line(_drawn(report, config.getoption("--chart")))
+
+
+def _drawn(report: Report, stem: Path) -> str:
+    """Draw the chart where matplotlib is; says where it is, or why it is not."""
+    try:
+        from . import chart
+    except ImportError as error:
+        return f"no chart: {error}; it needs emocore-engine[plot]"
+    return f"chart: {', '.join(map(str, chart.draw(report.document(), stem)))}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .machine import Machine, Timed, poisoned
-from .results import OK, Case, Line, Result
+from .results import COMPUTES, OK, Case, Line, Result
 from .shapes import COLD_BYTES
 
 FEW_BUFFERS, MOST_BUFFERS = 2, 64
@@ -129,10 +129,13 @@ def _time(
     with _quiet():
         for contender in running:
             call = Timed(
-                lambda c=contender: c.call(inputs[next(turn) % len(inputs)]), contender.around, case.hides_launch
+                lambda c=contender: c.call(inputs[next(turn) % len(inputs)]),
+                contender.around,
+                case.hides_launch,
+                case.op in COMPUTES,
             )
             try:
-                for _ in range(0 if machine.scale.tiny else 2):
+                for _ in range(machine.scale.warm):
                     last = machine.seconds([call])[0]
                 once += last
             except Exception as raised:
@@ -140,14 +143,19 @@ def _time(
                 continue
             calls[contender.name] = call
         fewest, most = machine.scale.rounds
+        fewest = fewest if machine.scale.name == "quick" else max(fewest, min(case.rounds, most))
         rounds = min(max(int(machine.scale.seconds / max(once, 1e-9)), fewest), most)
         times = [machine.seconds(list(calls.values())) for _ in range(rounds)]
     floor = case.work.floor(ceilings)
     figures = {c.name: c.figures for c in running}
     for name, taken in zip(calls, zip(*times, strict=True), strict=True):
         seconds = statistics.median(taken)
-        fraction = None if floor is None else floor / seconds
-        lines[name] = replace(lines[name], seconds=seconds, fraction=fraction)
+        lines[name] = replace(
+            lines[name],
+            seconds=seconds,
+            taken=taken,
+            fraction=None if floor is None else floor / seconds,
+        )
         measure = figures[name]
         if measure is not None:
             with _quiet():

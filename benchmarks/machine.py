@@ -19,11 +19,20 @@ from typing import Any
 import torch
 
 import emocore
+from emocore.benching import HAMPERING
+from emocore.errors import NativeMissingError
+from emocore.native import extension
 
 from .shapes import SCALES, Scale
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD_START = 2_000_000  # cycles, about a millisecond, that the device sleeps while the host queues a call
+# A library's threads look for more work before they sleep, OpenBLAS's for 2^26 cycles, and so take the next one's core.
+IDLE = 0.03  # seconds before a call, until all of them sleep
+LONG = 0.1  # seconds, of which waking one's own threads is no part worth a second call
+
+# The libraries of the extra `peers`.
+PEERS = ("concept-erasure", "scikit-learn", "torch-incremental-pca", "torchmetrics", "nnsight", "steering-vectors")
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Timed:
     call: Callable[[], Any]
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     hides_launch: bool = False
+    computes: bool = False  # waits for nothing: on one thread of a CPU its clock is CPU time
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Machine:
     def seconds(self, calls: Sequence[Timed]) -> list[float]:
         """How long each call took, run once each in order; on a GPU between two events of its own."""
         if not self.cuda:
-            return [_wall(timed) for timed in calls]
+            return [_taken(timed, torch.get_num_threads() > 1 and not self.scale.tiny) for timed in calls]
         pairs = [_events(timed) for timed in calls]
         self.synchronize()
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
@@ -81,11 +91,22 @@ class Machine:
             torch.cuda.empty_cache()
 
 
-def _wall(timed: Timed) -> float:
+def _taken(timed: Timed, teams: bool) -> float:
+    """Of `teams` of threads, once everybody else's sleep and a call has woken its own."""
     with timed.around():
-        start = time.perf_counter()
-        timed.call()
-        return time.perf_counter() - start
+        if teams:
+            time.sleep(IDLE)
+            first = _clocked(timed.call, time.perf_counter)
+            if first > LONG:
+                return first
+        alone = timed.computes and torch.get_num_threads() == 1
+        return _clocked(timed.call, time.process_time if alone else time.perf_counter)
+
+
+def _clocked(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
+    call()
+    return clock() - start
 
 
 def _events(timed: Timed) -> tuple[Any, Any]:
@@ -122,9 +143,12 @@ def environment(machine: Machine) -> dict[str, Any]:
         "driver": driver() if machine.cuda else None,
         "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],  # of others, before the run
         "versions": versions(),
         "commit": commit(),
         "float32 matmul": torch.get_float32_matmul_precision(),
+        "isa": isa(),
+        "settings": {name: os.environ[name] for name in HAMPERING if name in os.environ},
     }
     if machine.cuda:
         properties = torch.cuda.get_device_properties(machine.device)
@@ -140,12 +164,20 @@ def environment(machine: Machine) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Of Python and of what computes; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "emocore": emocore.__version__}
-    for name in ("torch", "triton", "numpy", "transformers"):
+    for name in ("torch", "triton", "numpy", "scipy", "transformers", *PEERS):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def isa() -> str | None:
+    """The instruction set that computes on the CPU; None before the extension is built."""
+    try:
+        return extension().isa()
+    except NativeMissingError:
+        return None
 
 
 def driver() -> str | None:
@@ -157,6 +189,8 @@ def driver() -> str | None:
 
 def commit() -> str | None:
     """The checkout's commit, with a + where files differ from it; None outside of a repository."""
+    if not (ROOT / ".git").exists():  # an installed package, perhaps inside somebody's checkout
+        return None
     head = _said(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
     changed = _said(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return f"{head}+" if head and changed else head

@@ -109,17 +109,6 @@ def leace(dim: int, labels: int, device: torch.device) -> Callable[[Tensor, Tens
     return update
 
 
-def incremental_pca(components: int) -> Callable[[Tensor], Tensor]:
-    """scikit-learn's update, from nothing; gives the covariance that it keeps."""
-    from sklearn.decomposition import IncrementalPCA
-
-    def update(x: Tensor) -> Tensor:
-        fitted = IncrementalPCA(components).partial_fit(x.numpy())
-        return torch.from_numpy((fitted.components_.T * fitted.explained_variance_) @ fitted.components_)
-
-    return update
-
-
 # --- steering: the chains of ops that steering libraries run, on x [N, D]
 
 

@@ -14,7 +14,7 @@ from . import bars
 from .machine import Machine, environment
 from .results import OK, Line, Result
 
-VERSION = 1
+VERSION = 2
 DRY = "dry run, no figure is a measurement"
 HEAD = ("case", "threads", "impl", "ms", "ours is", "error", "rate", "of ceiling", "")
 BARS_HEAD = ("bar", "what", "case", "required", "got", "met")
@@ -43,6 +43,9 @@ CONTENDER = {
     "impl": str,
     "status": str,
     "seconds": (float, type(None)),
+    "best_seconds": (float, type(None)),
+    "spread": (float, type(None)),
+    "rounds": int,
     "error_vs_float64": (float, type(None)),
     "fraction_of_ceiling": (float, type(None)),
 }
@@ -149,14 +152,26 @@ def _rows(result: Result) -> Iterator[list[str]]:
             "" if line.error is None else f"{line.error:.0e}",
             _speed(result, line),
             "" if line.fraction is None else f"{line.fraction:.0%}",
-            ", ".join([*([] if line.status == OK else [line.status]), *(f"{k} {v:.3g}" for k, v in line.more.items())]),
+            ", ".join(_notes(result, line)),
         ]
+
+
+def _notes(result: Result, line: Line) -> Iterator[str]:
+    if line.status != OK:
+        yield line.status
+    plain = result.baseline
+    slower = line.slower_than(plain) if plain else None
+    if plain and slower:
+        yield f"{slower:+.1%} over {plain.impl}"
+    yield from (f"{name} {value:.3g}" for name, value in line.more.items())
 
 
 def _speed(result: Result, line: Line) -> str:
     work = result.case.work
     if not line.seconds:
         return ""
+    if result.case.baseline:
+        return f"{result.case.rows / line.seconds:,.0f} tokens/s"
     if work.flops > 8 * work.bytes:
         return f"{work.flops / line.seconds / 1e9:,.1f} GFLOP/s"
     return f"{work.bytes / line.seconds / 1e9:,.1f} GB/s" if work.bytes else ""

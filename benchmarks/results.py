@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from .bars import Bar
 
 OK = "ok"
+# Ops that wait for nothing: on one thread their clock is the process's CPU time, which other processes do not stretch.
+COMPUTES = {"gram", "update", "label_sums", "project", "steer_add", "steer", "model"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Case:
     k: int = 0
     work: Work = field(default_factory=Work)
     bars: tuple[Bar, ...] = ()
+    rounds: int = 0  # at least, where seconds would allow for fewer and a quick run is not wanted
+    baseline: str = ""  # the contender that all the others are slower than, by how much is the question
     hides_launch: bool = True  # of a GPU: the time is the device's alone
 
 
@@ -61,10 +66,26 @@ class Line:
 
     impl: str
     status: str = OK
-    seconds: float | None = None
+    seconds: float | None = None  # the median of the rounds
+    taken: Sequence[float] = ()  # every round
     error: float | None = None
     fraction: float | None = None  # of the ceiling
     more: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> float | None:
+        """Between the quartiles of the rounds, as a fraction of the median: how far the figure is to be trusted."""
+        if len(self.taken) < 2:
+            return None
+        low, middle, high = statistics.quantiles(self.taken, method="inclusive")
+        return (high - low) / middle
+
+    def slower_than(self, other: Line) -> float | None:
+        """By what fraction: the median over rounds, in which both met the same disturbances; None without times."""
+        if not self.seconds or not other.seconds:
+            return None
+        pairs = list(zip(self.taken, other.taken, strict=False)) or [(self.seconds, other.seconds)]
+        return statistics.median(one / two for one, two in pairs) - 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,11 @@ class Result:
     def ours(self) -> Line:
         """The first line."""
         return self.lines[0]
+
+    @property
+    def baseline(self) -> Line | None:
+        """The line that the case measures slowdowns from."""
+        return next((line for line in self.lines if self.case.baseline == line.impl), None)
 
     def others(self, *named: str) -> list[Line]:
         """Lines with a time, of the contenders whose names start so."""
@@ -97,7 +123,7 @@ class Result:
 
     def record(self, environment: Mapping[str, Any]) -> dict[str, Any]:
         """The case as JSON: its shape and work, and a list of what each contender did."""
-        case = self.case
+        case, plain = self.case, self.baseline
         return {
             "op": case.op,
             "case": case.name,
@@ -120,6 +146,11 @@ class Result:
                     "impl": line.impl,
                     "status": line.status,
                     "seconds": line.seconds,
+                    "slower_than_baseline": None if plain is None else line.slower_than(plain),
+                    "rows_per_second": case.rows / line.seconds if line.seconds else None,
+                    "best_seconds": min(line.taken, default=None),
+                    "spread": line.spread,
+                    "rounds": len(line.taken),
                     "error_vs_float64": line.error,
                     "fraction_of_ceiling": line.fraction,
                     **({"more": dict(line.more)} if line.more else {}),

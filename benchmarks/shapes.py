@@ -33,6 +33,7 @@ MODELS = {
         Shape("Llama-3-70B", 8192, 80, 64, 8, 28_672, 128_256),
     )
 }
+SMALL_LLAMA = Shape("Llama-16", 512, 16, 8, 4, 1536, 8192)  # what a CPU reads in part of a second
 TINY_MODEL = Shape("tiny", 64, 2, 4, 2, 96, 211)
 LAYERS = {shape.dim: shape.layers for shape in MODELS.values()}
 
@@ -48,6 +49,7 @@ class Scale:
     block: int  # rows that a drain folds at once
     seconds: float  # of timing a case
     rounds: tuple[int, int]  # fewest and most
+    warm: int = 2  # calls before them
 
     @property
     def tiny(self) -> bool:
@@ -73,6 +75,6 @@ class Scale:
 
 SCALES = {
     "full": Scale("full", 16_384, 0.6, (5, 31)),
-    "quick": Scale("quick", 16_384, 0.1, (3, 5)),
-    "tiny": Scale("tiny", 512, 0.0, (1, 1)),
+    "quick": Scale("quick", 16_384, 0.1, (3, 5), 1),
+    "tiny": Scale("tiny", 512, 0.0, (1, 1), 0),
 }

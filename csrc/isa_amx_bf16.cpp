@@ -36,6 +36,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_operands_cpu.h"
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
@@ -69,7 +70,7 @@ static bool usable() {
 
 const Kernels amx_bf16_kernels = {
     "amx_bf16", usable, usable, stage, label_sums, gram_bfloat16, project,
-    steer_add, steer_slots, steer_edit};
+    steer_add, steer_slots, steer_edit, peak_of_tiles};
 
 }  // namespace emocore
 #endif

@@ -26,6 +26,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_operands_cpu.h"
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
@@ -49,7 +50,7 @@ static bool usable() {
 }
 
 const Kernels avx2_kernels = {
-    "avx2", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit};
+    "avx2", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit, peak};
 
 }  // namespace emocore
 #endif

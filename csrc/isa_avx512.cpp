@@ -34,6 +34,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_operands_cpu.h"
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
@@ -59,7 +60,7 @@ bool has_avx512() {
 }
 
 const Kernels avx512_kernels = {
-    "avx512", has_avx512, has_avx512, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit};
+    "avx512", has_avx512, has_avx512, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit, peak};
 
 }  // namespace emocore
 #endif

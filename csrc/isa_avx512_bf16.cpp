@@ -34,6 +34,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_operands_cpu.h"
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
@@ -61,7 +62,7 @@ static bool worthwhile() { return usable() && !__builtin_cpu_is("intel"); }
 
 const Kernels avx512_bf16_kernels = {
     "avx512_bf16", usable, worthwhile, stage, label_sums, gram_bfloat16, project,
-    steer_add, steer_slots, steer_edit};
+    steer_add, steer_slots, steer_edit, peak_of_pairs};
 
 }  // namespace emocore
 #endif

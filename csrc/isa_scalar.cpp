@@ -14,6 +14,7 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "peak_cpu.h"
 #include "project_operands_cpu.h"
 #include "project_tiles_cpu.h"
 #include "project_few_cpu.h"
@@ -29,6 +30,6 @@ namespace emocore {
 static bool usable() { return true; }
 
 const Kernels scalar_kernels = {
-    "scalar", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit};
+    "scalar", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit, peak};
 
 }  // namespace emocore

@@ -85,6 +85,12 @@ struct SteerEdit {
     int threads;
 };
 
+struct Peak {
+    DType arithmetic;  // float64, float32 or bfloat16
+    int64_t turns;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     bool (*usable)();
@@ -96,6 +102,7 @@ struct Kernels {
     void (*steer_add)(const SteerAdd&);
     void (*steer_slots)(const SteerSlots&);
     void (*steer_edit)(const SteerEdit&);
+    double (*peak)(const Peak&);  // operations done
 };
 
 }  // namespace emocore

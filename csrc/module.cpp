@@ -382,6 +382,16 @@ py::bytes driver_tensor_map(uint64_t address, const std::string& dtype, std::vec
     return py::bytes(map.data(), map.size());
 }
 
+// Operations that a team does in `turns` rounds of multiply-adds on registers: what the clock is to be read around.
+double peak(const std::string& arithmetic, int64_t turns, int threads) {
+    const Peak job{dtype_named(arithmetic, "peak: arithmetic"), turns, checked("peak", threads)};
+    if (job.arithmetic != DType::float64 && job.arithmetic != DType::float32 && job.arithmetic != DType::bfloat16)
+        throw std::invalid_argument("peak: arithmetic must be float64, float32 or bfloat16, got " + arithmetic);
+    if (turns < 0) throw std::invalid_argument("peak: turns must be >= 0, got " + std::to_string(turns));
+    py::gil_scoped_release release;
+    return kernels().peak(job);
+}
+
 // How csrc/gram_cuda.cu is called for y of so many parts: entry, parameters, threads, shared bytes.
 py::tuple gram_cuda_form(int parts) {
     if (parts != 1 && parts != 2) throw std::invalid_argument("gram_cuda: parts must be 1 or 2");
@@ -530,6 +540,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("steer_edit", steer_edit, arg("rows"), arg("slots"), arg("readers"), arg("levels"), arg("deltas"),
           arg("basis"), arg("dual"), arg("target"), arg("gate"), arg("out"), arg("threads"));
     m.def("large_pages", large_pages, arg("memory"));
+    m.def("peak", peak, arg("arithmetic"), arg("turns"), arg("threads"));
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", usable_isas);
     m.def("use_isa", use_isa, arg("name"));

@@ -113,6 +113,20 @@ struct PairProduct {
     }
 };
 
+double peak_of_pairs(const Peak& job) {
+    if (job.arithmetic != DType::bfloat16) return peak(job);
+    return peak_of(job, [](int64_t turns) {
+        const __m512i ones = _mm512_set1_epi32(0x3f803f80);  // two 1 in bfloat16
+        __m512 sum[SUMS] = {};
+        for (int64_t turn = 0; turn < turns; ++turn)
+            for (__m512& one : sum) one = _mm512_dpbf16_ps(one, (__m512bh)ones, (__m512bh)ones);
+        for (int64_t i = 1; i < SUMS; ++i) sum[0] = sum[0] + sum[i];
+        volatile float kept = total(sum[0]);
+        (void)kept;
+        return 4.0 * turns * SUMS * LANES<float>;
+    });
+}
+
 // tiles += what the low parts add: low i by high j to (i, j), low i by low j once for both orders.
 void add_low(const Gram& job, const Moved& moved, int64_t lows) {
     const auto add = [&](int64_t i, int64_t j, double sum) {

@@ -185,6 +185,19 @@ struct TileProduct {
     }
 };
 
+double peak_of_tiles(const Peak& job) {
+    if (job.arithmetic != DType::bfloat16) return peak(job);
+    return peak_of(job, [](int64_t turns) {
+        alignas(64) constexpr char zeros[2 * TileProduct::TILE_BYTES] = {};
+        _tile_loadconfig(TILE_SHAPES);
+        TileProduct::load_left(zeros);
+        TileProduct::load_right(zeros);
+        for (int64_t turn = 0; turn < turns; ++turn) TileProduct::add_products();
+        _tile_release();
+        return turns * 4 * 2.0 * 16 * 16 * TileProduct::PACK_ROWS;
+    });
+}
+
 // Rows about another shift, and weighted ones, are multiplied in float32.
 void gram_bfloat16(const Gram& job) {
     if (as_parts(job))

@@ -105,6 +105,9 @@ def steer_edit(
 def large_pages(memory: Memory) -> None:
     """Advises the system to back memory that is still untouched with large pages."""
 
+def peak(arithmetic: str, turns: int, threads: int) -> float:
+    """Operations that a team does in `turns` rounds of multiply-adds on registers: time the call for the ceiling."""
+
 def isa() -> str:
     """The instruction set in use."""
 

@@ -34,9 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     aot.add_argument("--arch", type=int, action="append", help="compute capability without its point, such as 90")
     aot.add_argument("--list", action="store_true", help="only say what is built")
     aot.add_argument("--jobs", type=int, help="processes (default: one a CPU)")
+    bench = commands.add_parser("bench", help="measure this machine beside what others use, every speed with its error")
+    bench.add_argument("--quick", action="store_true", help="fewer rounds")
+    bench.add_argument("--only", type=_listed, default=[], help="benchmarks, separated by commas, such as gram,moments")
+    bench.add_argument("--threads", type=_counted, help="of the CPU, separated by commas (default: one and all)")
+    bench.add_argument("--seconds", type=float, help="start no case after so many")
+    bench.add_argument("--json", help="file for the result (default: named after device and date)")
+    bench.add_argument("--chart", help="file name without its ending, for a chart as .svg and .png")
     given = parser.parse_args(arguments)
+    run = {"demo": run_demo, "stories": write_stories, "aot": build_kernels, "bench": run_benchmarks}[given.command]
     try:
-        return {"demo": run_demo, "stories": write_stories, "aot": build_kernels}[given.command](given) or 0
+        return run(given) or 0
     except EmocoreError as error:
         print(f"emocore: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -55,7 +63,7 @@ def write_stories(given: argparse.Namespace) -> None:
 
     from .emotions import generate
 
-    topics = [topic.strip() for topic in given.topics.split(",") if topic.strip()]
+    topics = _listed(given.topics)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model)
     options = {"per_topic": given.per_topic, "kind": given.kind, "seed": given.seed}
@@ -79,6 +87,27 @@ def build_kernels(given: argparse.Namespace) -> int:
         failed += bool(row.error)
     print(f"in {aot.cache_folder()}" + (f"; {failed} failed" if failed else ""))
     return int(failed > 0)
+
+
+def run_benchmarks(given: argparse.Namespace) -> int:
+    """`emocore bench`: the status of the run, 1 if a result was wrong."""
+    from . import benching
+
+    options = ["--scale=quick"] if given.quick else []
+    for name in ("threads", "seconds", "json", "chart"):
+        if getattr(given, name) is not None:
+            options.append(f"--{name}={getattr(given, name)}")
+    return benching.run(given.only, options)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _counted(text: str) -> str:
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected numbers from 1 on, separated by commas, got {text!r}")
+    return text
 
 
 def _line(row: Row) -> str:

@@ -50,7 +50,7 @@ FLOORS = [
         "store",
     ],
     ["emotions", "integrations"],
-    ["demo", "cli", "__main__", "__init__"],
+    ["demo", "benching", "cli", "__main__", "__init__"],
 ]
 HEIGHT = {name: (floor, place) for floor, row in enumerate(FLOORS) for place, name in enumerate(row)}
 

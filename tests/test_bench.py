@@ -185,6 +185,48 @@ def test_the_floor_is_the_slower_of_memory_and_arithmetic() -> None:
     assert Work().floor(ceilings) is None
 
 
+def test_slowdowns_are_medians_over_rounds_in_which_both_ran() -> None:
+    """The machine doubles its pace after the first round: medians would say 1.5 times, every round says 1.25."""
+    here = scripted(ours=[0.0, 0.0, 5.0, 10.0, 10.0], plain=[0.0, 0.0, 4.0, 8.0, 8.0])
+    found = run(here, [named("ours"), named("plain")], case(baseline="plain"))
+    assert found.ours.slower_than(found.lines[1]) == 0.25
+    assert found.baseline is found.lines[1]
+    record = found.record({"device": "", "versions": {}, "driver": None, "commit": None})
+    assert [one["slower_than_baseline"] for one in record["contenders"]] == [0.25, 0.0]
+    assert [one["rounds"] for one in record["contenders"]] == [3, 3]
+    assert record["contenders"][0]["spread"] == 0.25
+    assert record["contenders"][0]["rows_per_second"] == 0.4
+
+
+def test_on_several_threads_a_call_waits_until_the_others_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause and a call that is not timed before each; a long call needs no second one; one thread needs neither."""
+    log: list[str] = []
+    monkeypatch.setattr(machine.time, "sleep", lambda seconds: log.append(f"pause {seconds}"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    here = machine.Machine(torch.device("cpu"), False, shapes.SCALES["full"])
+    timed = machine.Timed(lambda: log.append("call"))
+    threads = 2
+    here.seconds([timed])
+    assert log == [f"pause {machine.IDLE}", "call", "call"]
+    monkeypatch.setattr(machine, "LONG", 0.0)
+    here.seconds([timed])
+    assert log[3:] == [f"pause {machine.IDLE}", "call"]
+    threads = 1
+    here.seconds([timed])
+    assert log[5:] == ["call"]
+
+
+def test_what_computes_on_one_thread_is_timed_in_cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what waits, and not on several threads."""
+    monkeypatch.setattr(machine.time, "process_time", iter([1.0, 4.0]).__next__)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    here = machine.Machine(torch.device("cpu"), False, shapes.SCALES["full"])
+    assert here.seconds([machine.Timed(lambda: None, computes=True)]) == [3.0]
+    assert here.seconds([machine.Timed(lambda: None)])[0] < 1.0
+    assert "store" not in results.COMPUTES
+    assert "ring" not in results.COMPUTES
+
+
 # --- what is wrong, absent or broken
 
 
@@ -327,7 +369,7 @@ def test_the_tables_say_it_all(written: Any) -> None:
     assert row.split() == ["a", "case", "1", "ours", "2000.000", "0e+00", "0.5", "GB/s", "50%"]
     assert "1.50x" in text
     judged = [line.split()[-2:] for line in text.splitlines() if line.startswith("G1")]
-    assert judged == [["ran", "-"], ["1.5", "yes"], ["ran", "-"]]
+    assert judged == [["ran", "-"], ["1.5", "yes"], *[["ran", "-"]] * 3]
     assert report.DRY not in text
 
 
@@ -342,6 +384,21 @@ def test_a_dry_run_says_so_in_every_table() -> None:
     assert made.document()["dry"] is True
 
 
+def test_the_chart_says_what_the_result_says(written: Any, tmp_path: Path) -> None:
+    """Three files; ratio, contender and errors as text, in both themes."""
+    pytest.importorskip("matplotlib")
+    chart = _load("chart")
+    files = chart.draw(json.loads(written.path.read_text()), tmp_path / "drawn" / "chart")
+    assert [path.name for path in files] == ["chart.svg", "chart-dark.svg", "chart.png"]
+    light, dark = (path.read_text() for path in files[:2])
+    for text in (light, dark):
+        assert "1.50x  other  0 / 0" in text
+        assert "a case" in text
+    assert chart.LIGHT.page in light
+    assert chart.DARK.page in dark
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_file_is_named_after_device_and_date() -> None:
     date = importlib.import_module("datetime").datetime(2026, 11, 27, 4, 5)
     assert report.file_name("NVIDIA H100 80GB HBM3", date) == "nvidia-h100-80gb-hbm3-2026-11-27-0405.json"
@@ -350,7 +407,7 @@ def test_a_file_is_named_after_device_and_date() -> None:
 # --- the cases themselves, and the script
 
 
-def call(*command: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+def call(*command: str, timeout: float = 180, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -397,8 +454,21 @@ def test_a_run_that_is_out_of_time_says_so_of_every_case() -> None:
     done = benchmarks("--scale", "tiny", "--seconds", "0")
     assert done.returncode == 0, done.stdout[-3000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("test_")]
-    assert len(rows) == 16
+    assert len(rows) == 19
     assert all(line.endswith("not run: out of time") for line in rows)
+
+
+def test_a_quick_run_leaves_out_what_takes_long() -> None:
+    """And runs whole models on the fewest threads; a full run does neither."""
+    quick, full = (
+        benchmarks("--scale", scale, "--threads", "1,2", "--collect-only").stdout.splitlines()
+        for scale in ("quick", "full")
+    )
+    left = [line for line in full if "::" in line and line not in quick]
+    assert {line.split("::")[1].split("[")[0] for line in left} == {"test_update", "test_minilm", "test_llama"}
+    assert all("-1024-" in line or "2 threads" in line for line in left)
+    assert any("test_llama[1 thread-" in line for line in quick)
+    assert all(line in full for line in quick if "::" in line)
 
 
 def test_the_script_lists_its_steps_and_refuses_nonsense() -> None:

@@ -115,6 +115,25 @@ def steer_add(x: torch.Tensor, delta: np.ndarray, threads: int = 1) -> torch.Ten
 # --- worked by hand
 
 
+@pytest.mark.parametrize("arithmetic", DTYPES.values())
+def test_peak_counts_what_the_whole_team_does(isa: str, arithmetic: str) -> None:
+    """Each member does every turn; a turn of a wider set, or of pairs, is more operations."""
+    one = _C.peak(arithmetic, 1, 1)
+    lanes = 1 if isa == "scalar" else (32 if isa == "avx2" else 64) // (8 if arithmetic == "float64" else 4)
+    if arithmetic != "bfloat16" or isa not in PAIRS:
+        assert one == 12 * 2 * lanes
+    else:
+        assert one in (12 * 4 * lanes, 4 * 2 * 16 * 16 * 32)
+    assert _C.peak(arithmetic, 1000, 3) == 3000 * one
+    assert _C.peak(arithmetic, 0, 1) == 0
+
+
+def test_peak_refuses_what_nobody_multiplies(isa: str) -> None:
+    for arithmetic, turns, threads in (("int32", 1, 1), ("nonsense", 1, 1), ("float32", -1, 1), ("float32", 1, 0)):
+        with pytest.raises(ValueError, match=r"peak"):
+            _C.peak(arithmetic, turns, threads)
+
+
 def test_stage_by_hand(isa: str) -> None:
     x = torch.tensor([[3.0, 4.0], [torch.inf, 1.0], [0.0, -2.0]])
     out, norms, finite, bad = stage(x, np.array([2, 0, 1, 0]))

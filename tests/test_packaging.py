@@ -1,5 +1,6 @@
 """The packaging recipe: what a checkout and a wheel must hold for `import emocore.kernels` to work and no more."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -46,12 +47,14 @@ def test_wheel_holds_code_kernels_types_and_stories(wheel: Path) -> None:
         "emocore/py.typed",
         "emocore/_C.pyi",
         "emocore/kernels/steering.py",
+        "emocore/benchmarks/conftest.py",
+        "emocore/benchmarks/bench_label_sums.py",
         "emocore/emotions/data/banned.txt",
         "emocore/emotions/data/stories/letter.jsonl",
     ):
         assert name in names
     assert any(n.startswith("emocore/_C.") and n.endswith((".so", ".pyd")) for n in names)
-    assert not any(n.startswith(("kernels/", "tests/", "csrc/")) for n in names)
+    assert not any(n.startswith(("kernels/", "benchmarks/", "tests/", "csrc/")) for n in names)
 
 
 def test_wheel_works_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
@@ -66,6 +69,21 @@ def test_wheel_works_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
         "assert len(emocore.emotions.corpus.stories()) % 171 == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_the_wheel_measures_itself_outside_of_a_checkout(wheel: Path, tmp_path: Path) -> None:
+    """`emocore bench` there: a result that is right, beside others, and the settings that were taken away."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    command = [sys.executable, "-P", "-m", "emocore", "bench", "--quick", "--only", "label_sums", "--threads", "1"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "OPENBLAS_CORETYPE": "Haswell"}
+    done = subprocess.run([*command, "--json", "found.json"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["environment"]["dropped"]["OPENBLAS_CORETYPE"] == "Haswell"
+    assert found["environment"]["settings"] == {}
+    assert {case["op"] for case in found["cases"]} == {"label_sums"}
+    assert all(case["contenders"][0]["rounds"] >= 3 for case in found["cases"])
 
 
 def test_an_unbuilt_checkout_says_make(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whole models: what statistics at every layer, and scores and alarms while decoding, cost the forward."""
+"""Decoding: what scores and alarms at every layer cost a model that writes one token after the other."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from emocore.linalg import unit
 
 from . import peers
 from .bars import slows
+from .collectors import PLAIN
 from .graphs import graphed
-from .harness import Absent, Contender, error_of, unchecked
+from .harness import Absent, Contender, unchecked
 from .llama import Cache, Llama
 from .machine import Machine
-from .ours import OURS, lacks_step
-from .passing import FORWARD, bound_16, moments
+from .ours import OURS
 from .results import Case
-from .shapes import MODELS, TINY_MODEL
 
 pytestmark = pytest.mark.gpu
 
-PLAIN, CHAIN = "plain forward", "usual hooks"
 ALPHA, LEVEL = 1 / 8, 4.0
 ALARMS = 8  # watched at each layer
 FEW = 8  # layers
@@ -36,83 +34,9 @@ CONTEXT, ROOM = 1024, 64  # tokens in the cache, and room for more
 BOUND_SCORE = 1e-2  # a score is of 16-bit rows, in units of the largest
 
 
-@pytest.fixture(scope="module")
-def model(request: pytest.FixtureRequest) -> Llama:
-    """Llama-3-8B's shape with random weights; a tiny one where nothing is measured."""
-    from .conftest import REPORT
-
-    machine = request.config.stash[REPORT].machine
-    shape = TINY_MODEL if machine.scale.tiny else MODELS["Llama-3-8B"]
-    torch.manual_seed(0)
-    return Llama(shape, machine.device, torch.bfloat16)
-
-
 def _names(model: Llama, count: int | None = None) -> list[str]:
     """Hook points: the first `count` layers, else all."""
     return [f"layers.{i}" for i in range(model.shape.layers)][:count]
-
-
-def test_prefill(race, machine: Machine, seed: int, model: Llama) -> None:
-    """Means and token covariances while prompts are read: G10, and one layer against all."""
-    tiny = machine.scale.tiny
-    sequences, tokens = (2, machine.scale.block // 2) if tiny else (8, 2048)
-    ids = torch.randint(
-        model.shape.vocab, (sequences, tokens), generator=machine.generator(seed), device=machine.device
-    )
-    names = _names(model)
-    usual = peers.UsualStatistics(len(names), model.shape.dim, machine.device)
-    case = Case(
-        op="model",
-        name=f"prefill {model.shape.name} {sequences} x {tokens}: mean and covariance at {len(names)} layers",
-        dtype="bfloat16",
-        rows=sequences * tokens,
-        dim=model.shape.dim,
-        bound=bound_16(sequences * tokens),
-        bars=(slows("G10", 0.06, PLAIN),),
-        hides_launch=False,
-    )
-
-    def forward(given: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(given)
-
-    def capturing(some: Sequence[str]) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """An open capture that has its memory."""
-        held = {name: moments(machine.scale.block, tiny) for name in some}
-
-        @contextlib.contextmanager
-        def around() -> Iterator[None]:
-            with emocore.capture(model, held, resident=True):
-                forward(ids)
-                yield
-
-        return around
-
-    def covariance(some: Sequence[str]) -> Callable[[Tensor], Tensor]:
-        """Of the first and last layer, those that are captured."""
-
-        def check(given: Tensor) -> Tensor:
-            found = {name: moments(machine.scale.block, tiny) for name in some}
-            with emocore.capture(model, found, resident=True):
-                forward(given)
-            return torch.stack([found[name].covariance() for name in (names[0], names[-1]) if name in found])
-
-        return check
-
-    def exact(given: Tensor) -> Tensor:
-        rows: dict[int, Tensor] = {}
-        with peers.hooked([model.layers[0], model.layers[-1]], rows.__setitem__):
-            forward(given)
-        return torch.stack([torch.cov(x.reshape(-1, model.shape.dim).double().T) for x in rows.values()])
-
-    absent = lacks_step(machine, *FORWARD)
-    contenders = [
-        absent or Contender(OURS, forward, covariance(names), capturing(names)),
-        Contender("emocore, one layer", forward, covariance(names[:1]), capturing(names[:1])),
-        Contender(PLAIN, forward, unchecked),
-        Contender(CHAIN, forward, unchecked, lambda: peers.hooked(model.layers, usual)),
-    ]
-    race(case, contenders, [ids], exact, error=lambda found, right: error_of(found, right[: len(found)]))
 
 
 @pytest.mark.alike
@@ -158,7 +82,7 @@ def test_decode_eager(race, machine: Machine, seed: int, model: Llama, batch: in
     contenders = [
         Contender(OURS, lambda _: watched.step(), check, monitoring),
         Contender(PLAIN, lambda _: watched.step(), unchecked),
-        Contender(CHAIN, lambda _: watched.step(), unchecked, lambda: peers.hooked(model.layers, chain)),
+        Contender("usual hooks", lambda _: watched.step(), unchecked, lambda: peers.hooked(model.layers, chain)),
     ]
     race(case, contenders, [None], watched.exact)
 
@@ -259,5 +183,6 @@ class Watched:
             k=len(self.readers),
             bound=BOUND_SCORE,
             bars=bars,
+            baseline=PLAIN,
             hides_launch=False,
         )
