@@ -369,7 +369,7 @@ def benchmarks(*options: str) -> subprocess.CompletedProcess[str]:
 def test_every_case_of_the_cpu_is_right_at_tiny_sizes() -> None:
     done = benchmarks("--scale", "tiny")
     assert done.returncode == 0, done.stdout[-3000:]
-    for op in ("gram", "label sums", "update", "project", "cosine", "steer"):
+    for op in ("gram", "label sums", "update", "project", "cosine", "steer", "to a file"):
         assert any(line.startswith(op) and " emocore " in line for line in done.stdout.splitlines()), done.stdout
 
 
@@ -397,7 +397,7 @@ def test_a_run_that_is_out_of_time_says_so_of_every_case() -> None:
     done = benchmarks("--scale", "tiny", "--seconds", "0")
     assert done.returncode == 0, done.stdout[-3000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("test_")]
-    assert len(rows) == 13
+    assert len(rows) == 14
     assert all(line.endswith("not run: out of time") for line in rows)
 
 
