@@ -4,8 +4,9 @@
 namespace emocore {
 namespace {
 
-// Rows that share one read of what is done to them, and directions that share one read of the rows.
-constexpr int64_t EDIT_ROWS = 4, EDIT_DIRECTIONS = REGISTERS == 32 ? 4 : 2;
+// Rows that share one read of what is done to them, and directions that share one read of the rows: 24 sums, 3
+// directions and a row fill 28 of 32 registers.
+constexpr int64_t EDIT_ROWS = REGISTERS == 32 ? 8 : 4, EDIT_DIRECTIONS = REGISTERS == 32 ? 3 : 2;
 
 // body(std::integral_constant of count), 1 <= count <= 4.
 template <class Body>
