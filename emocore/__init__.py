@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import emotions, errors, ops
+    from . import emotions, errors, ops, store
     from .capturing import Tap, capture
     from .directions import Calibration, Directions, StreamReference
     from .ledger import Ledger
     from .moments import Moments
     from .monitoring import Alarm, Monitor, Threshold, monitor
+    from .recording import ActivationStore
+    from .replaying import Activations, activations
     from .rows import Rows
     from .steering import Steering, steer
     from .store import load, save
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ActivationStore": "recording",
+    "Activations": "replaying",
     "Alarm": "monitoring",
     "Calibration": "directions",
     "Directions": "directions",
@@ -36,6 +40,7 @@ _HOME = {
     "Tap": "capturing",
     "Threshold": "monitoring",
     "Tokens": "tokens",
+    "activations": "replaying",
     "capture": "capturing",
     "load": "store",
     "monitor": "monitoring",
@@ -43,9 +48,11 @@ _HOME = {
     "steer": "steering",
     "verify": "verifying",
 }
-_MODULES = ("emotions", "errors", "ops")
+_MODULES = ("emotions", "errors", "ops", "store")
 
 __all__ = [
+    "ActivationStore",
+    "Activations",
     "Alarm",
     "Calibration",
     "Directions",
@@ -58,6 +65,7 @@ __all__ = [
     "Tap",
     "Threshold",
     "Tokens",
+    "activations",
     "capture",
     "emotions",
     "errors",
@@ -66,6 +74,7 @@ __all__ = [
     "ops",
     "save",
     "steer",
+    "store",
     "verify",
 ]
 

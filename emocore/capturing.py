@@ -147,11 +147,20 @@ class Tap:
         with self._lock, outside_autograd():
             for binding, pool in pools.items():
                 try:
-                    binding.form(pool.close(), batch.ids(binding.labels), keep and failed is None)
+                    ids = batch.ids(binding.labels)
+                    binding.form(pool.close(), ids, keep and failed is None, batch.requests, batch)
                 except BaseException as error:
                     failed = error
         if failed is not None:
             raise failed
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tell the sinks that ask for it that no forward is half handed over."""
+        with self._lock, outside_autograd():
+            for binding in (b for bindings in self._points.values() for b in bindings):
+                if hasattr(binding.sink, "settle"):
+                    binding.sink.settle()
 
     # --- begin, stage, commit
 
@@ -235,6 +244,7 @@ class Tap:
             self._record(forward)
             forward.commit()
             self._committed += 1
+        self._settle()
 
     def _abandon(self, module: nn.Module, args: Any, output: Any) -> None:
         """Roll back at once what an exception has ended; torch does not call this for a KeyboardInterrupt."""

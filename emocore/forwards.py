@@ -38,6 +38,7 @@ class Staged:
     rows: Tensor
     norms: Tensor
     finite: Tensor
+    tokens: Tensor | None
 
     def roll_back(self) -> None:
         """Count it as never handed over."""
@@ -68,7 +69,8 @@ class Staged:
         if binding.observes:
             rank = self.layout.rank[selection.index][good]
             sequence, several = selection.sequence[good], self.layout.sequences
-            observed = Observed(binding.hook_point, rows, sequence, rank, several, batch.requests)
+            tokens = None if self.tokens is None else self.tokens[selection.index][good]
+            observed = Observed(binding.hook_point, rows, sequence, rank, several, batch.requests, ids, tokens, batch)
             binding.hand_over(observed, None, norms)
         else:
             binding.hand_over(rows, ids, norms)
@@ -103,7 +105,8 @@ class Forward:
             ids = self.batch.ids_of(binding, layout, selection)
             if binding.rule not in gathered:
                 gathered[binding.rule] = _gather(flat, selection)
-            self.staged.append(Staged(binding, layout, selection, ids, *gathered[binding.rule]))
+            tokens = self._tokens(layout) if binding.observes else None
+            self.staged.append(Staged(binding, layout, selection, ids, *gathered[binding.rule], tokens))
 
     def commit(self) -> None:
         """Hand over all that is staged; when a sink raises, what comes after it is rolled back."""
@@ -158,6 +161,13 @@ class Forward:
         if written is None or b == 1 or shown is None or tuple(shown.shape) != (b, t):
             return layout
         return without_stops(layout, shown, written, self._stops)
+
+    def _tokens(self, layout: Layout) -> Tensor | None:
+        """Token ids of a layout's positions, where the call shows one for each."""
+        shown = self.call.shown
+        if shown is None or shown.is_floating_point() or shown.numel() != math.prod(layout.shape):
+            return None
+        return shown.detach().reshape(-1).cpu()
 
     def _check_requests(self, layout: Layout) -> None:
         requests = self.batch.requests

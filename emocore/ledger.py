@@ -52,6 +52,11 @@ class RowCounts(_Counts):
     sampled_out: int = 0
     pending: int = 0
 
+    @property
+    def missing(self) -> int:
+        """Rows that are formed and not accounted for yet."""
+        return 2 * self.formed - sum(self.as_dict().values())
+
 
 @dataclass
 class FireCounts(_Counts):

@@ -15,7 +15,7 @@ from . import ops
 
 class Pooled(NamedTuple):
     """rows [M, D] float32 of sequences [M]; token norms [n], or their sum and number; how many sequences gave no row,
-    and why."""
+    and why; how many sequences there are."""
 
     rows: Tensor
     sequence: Tensor
@@ -25,6 +25,7 @@ class Pooled(NamedTuple):
     overrange: int
     norm_sum: float = 0.0
     norm_count: int = 0
+    sequences: int = 0
 
 
 class Pool:
@@ -74,6 +75,7 @@ class Pool:
             too_short=int(((self._count == 0) & ~self._bad).sum()),
             nonfinite=int(self._bad.sum()),
             overrange=int((~fits).sum()),
+            sequences=self.sequences,
         )
 
 
@@ -158,4 +160,5 @@ class DevicePool:
             overrange=int((~fits).sum()),
             norm_sum=float(words[kept, self.NORM].sum()),
             norm_count=int(words[kept, self.NORMS].sum()),
+            sequences=sequences,
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .errors import ArgumentError
@@ -20,7 +21,8 @@ class Sink(Protocol):
     """What rows are handed to; they may be other sinks' too, so it must not change them.
 
     A sink that has `absorb(rows, ids, norms)` gets the token norms too and counts its rows itself; one that has
-    `observe(observed)` gets every row's sequence and rank instead of its label.
+    `observe(observed)` gets whose every row is, and pooled rows only where its `pools` is true; one that has `settle()`
+    is told when no forward is half handed over. What has `at(hook_point)` gives each hook point a sink of its own.
     """
 
     def update(self, x: Tensor, labels: Any = None) -> None:
@@ -29,7 +31,11 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """Finite rows [N, D] of one hook point in one forward, with their sequence [N] in the batch and their rank [N]."""
+    """Finite rows [N, D] of one hook point in one forward, with their sequence [N] in the batch and their rank [N].
+
+    A pooled row has rank -1. `ids` [N] are label ids where the sink keeps labels, `tokens` [N] token ids where the
+    model was shown any; `batch` is the same object in every forward of a batch.
+    """
 
     hook_point: str
     rows: Tensor
@@ -37,6 +43,9 @@ class Observed:
     rank: Tensor
     sequences: int
     requests: Sequence[str] | None
+    ids: Tensor | None = None
+    tokens: Tensor | None = None
+    batch: object = None
 
 
 @dataclass(eq=False)
@@ -59,11 +68,14 @@ class Binding:
         return hasattr(self.sink, "observe")
 
     def hand_over(self, rows: Tensor | Observed, ids: Tensor | None, norms: Tensor) -> None:
-        """Give formed, finite rows to the sink; those that it refuses by raising are counted as dropped."""
+        """Give formed, finite rows to the sink; those that it refuses by raising are counted as dropped.
+
+        What the sink counts itself is not counted again.
+        """
         n = len(rows.rows if isinstance(rows, Observed) else rows)
         counts = self.ledger.rows
+        before = counts.missing
         counts.add(formed=n)
-        before = counts.accumulated
         try:
             if isinstance(rows, Observed):
                 self.sink.observe(rows)  # type: ignore[attr-defined]
@@ -72,16 +84,30 @@ class Binding:
             else:
                 self.sink.update(rows, ids)
         except BaseException:
-            counts.add(dropped=n - (counts.accumulated - before))
+            counts.add(dropped=counts.missing - before)
             raise
-        counts.add(accumulated=n - (counts.accumulated - before))
+        counts.add(accumulated=counts.missing - before)
 
-    def form(self, pooled: Pooled, ids: Tensor | None, keep: bool) -> None:
+    def form(
+        self,
+        pooled: Pooled,
+        ids: Tensor | None,
+        keep: bool,
+        requests: Sequence[str] | None = None,
+        batch: object = None,
+    ) -> None:
         """Hand over the pooled rows of a batch with their sequences' label ids [S]; or drop them."""
         lost = {name: getattr(pooled, name) for name in ("too_short", "nonfinite", "overrange")}
         self.ledger.rows.add(formed=sum(lost.values()), **lost)
         if keep:
-            self.hand_over(pooled.rows, None if ids is None else ids[pooled.sequence], pooled.norms)
+            ids = None if ids is None else ids[pooled.sequence]
+            rows: Tensor | Observed = pooled.rows
+            if self.observes:
+                rank, several = torch.full_like(pooled.sequence, -1), pooled.sequences
+                rows = Observed(
+                    self.hook_point, pooled.rows, pooled.sequence, rank, several, requests, ids, batch=batch
+                )
+            self.hand_over(rows, ids, pooled.norms)
             if pooled.norm_count and hasattr(self.sink, "count_norms"):
                 self.sink.count_norms(pooled.norm_sum, pooled.norm_count)
         else:
@@ -96,12 +122,13 @@ def is_factory(bound: Bound) -> bool:
 def bind(hook_point: str, one: Bound, rule: Tokens) -> Binding:
     sink, rule = one if isinstance(one, tuple) else (one, rule)
     sink = sink() if is_factory(sink) else sink
+    sink = sink.at(hook_point) if hasattr(sink, "at") else sink
     if not (hasattr(sink, "update") or hasattr(sink, "observe")):
         raise ArgumentError(
             f"sink at {hook_point!r}", expected="an object with update(x, labels)", got=type(sink).__name__
         )
     binding = Binding(hook_point, sink, rule, getattr(sink, "ledger", None) or Ledger())
-    if binding.observes and rule.pool is not None:
+    if binding.observes and rule.pool is not None and not getattr(sink, "pools", False):
         raise ArgumentError(f"pool: the sink at {hook_point!r} follows tokens", expected=None, got=rule.pool)
     return binding
 

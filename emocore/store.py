@@ -16,15 +16,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .auditing import Audit, verify
 from .calibration import Calibration, StreamReference
 from .directions import ByHookPoint, Directions
 from .errors import ArgumentError, StoreError
 from .formats import FORMATS, MAX_TEXT, Format, parse
+from .joining import join
 from .moments import Moments
 from .precision import FLOATS
 from .publishing import publish
 from .sums import Sums
 from .tokens import Tokens
+
+__all__ = ["Audit", "join", "load", "save", "verify"]
 
 FORMAT = 1
 MAX_BYTES = 1 << 36  # of a file, before it is read

@@ -1,0 +1,139 @@
+"""Feeds: one hook point's way into an activation store: its width, its dtype, its ledger, the shard that is open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, LabelError, ShapeError
+from .labels import Labels, encode_labels
+from .ledger import Ledger
+from .manifest import DTYPES, Point
+from .places import NONE, Growing
+from .shards import Draft
+from .sinks import Observed
+from .tokens import Tokens
+
+
+class Recorder(Protocol):
+    """What a feed hands its rows to."""
+
+    labels: tuple[str, ...]
+
+    def take(self, feed: Feed, observed: Observed) -> None:
+        """Take rows that the feed's ledger counts as formed."""
+
+    def settle(self) -> None:
+        """Commit where a shard is full: no forward is half handed over."""
+
+
+class Feed:
+    """Sink for one hook point of an activation store; made by its `at`.
+
+    `pending` counts the rows [pending, dim] that no commit has made durable yet, all of them in the open `draft`, and
+    `growing` says whose they are.
+    """
+
+    pools = True
+
+    def __init__(self, store: Recorder, hook_point: str, dtype: torch.dtype | None, point: Point | None) -> None:
+        self.hook_point, self.dtype = hook_point, dtype
+        self.dim = 0
+        self.tokens: Tokens | None = None
+        self.ledger = Ledger()
+        if point is not None:
+            self.dim, self.dtype = point.dim, DTYPES[point.dtype]
+            self.tokens = None if point.tokens is None else Tokens(**point.tokens)
+            self.ledger = Ledger.from_dict(point.ledger)
+        self.draft: Draft | None = None
+        self.growing = Growing()
+        self.pending = 0
+        self._store = store
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the store's labels."""
+        return self._store.labels
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the pending rows."""
+        return self.pending * self.dim * (self.dtype.itemsize if self.dtype else 0)
+
+    def observe(self, observed: Observed) -> None:
+        """Take rows that a capture has formed and counted; raises StoreError, BackpressureError, ShapeError."""
+        self._store.take(self, observed)
+
+    def settle(self) -> None:
+        """Commit where a shard is full: no forward is half handed over."""
+        self._store.settle()
+
+    def update(self, x: Tensor, labels: Labels | None = None, requests: Sequence[str] | None = None) -> None:
+        """Take rows x [N, D] outside of a capture, with a label and a request id each; they have no sequence."""
+        n = len(x)
+        if labels is not None and not self.labels:
+            raise LabelError("labels: this store keeps none", way_out="Construct it with ActivationStore(labels=...).")
+        ids = None if labels is None else encode_labels(labels, self.labels)
+        if x.dim() != 2 or (ids is not None and ids.shape != (n,)):
+            raise ShapeError("rows, and labels one a row", expected=f"[{n}, D] and [{n}]", got=list(x.shape))
+        if requests is not None and len(requests) != n:
+            raise ArgumentError("requests", expected=f"{n} ids, one a row", got=len(requests))
+        every = torch.arange(n)
+        observed = Observed(self.hook_point, x.detach(), every, torch.full_like(every, NONE), n, requests, ids)
+        before = self.ledger.rows.missing
+        self.ledger.rows.add(formed=n)
+        try:
+            self._store.take(self, observed)
+        except BaseException:
+            self.ledger.rows.add(dropped=self.ledger.rows.missing - before)
+            raise
+        self._store.settle()
+
+    # --- for the store
+
+    def fit(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows in the stored dtype, and which of them are kept where some are not finite in it; counts those.
+
+        Raises ShapeError for another width, ArgumentError for float64 rows where no dtype was chosen.
+        """
+        if self.dim not in (0, rows.shape[1]):
+            raise ShapeError(f"hook point {self.hook_point!r}: width of rows", expected=self.dim, got=rows.shape[1])
+        dtype = self.dtype or rows.dtype
+        if dtype not in DTYPES.values():
+            raise ArgumentError(
+                f"hook point {self.hook_point!r}: rows of {rows.dtype}",
+                expected=" or ".join(DTYPES),
+                way_out="Choose what they are stored as: ActivationStore(dtype=torch.float32).",
+            )
+        self.dim, self.dtype = rows.shape[1], dtype
+        narrow = rows.to(dtype)
+        if rows.numel() == 0 or _all_finite(narrow):
+            return narrow, None
+        good = narrow.isfinite().all(1)
+        nonfinite = len(rows) - int(rows.isfinite().all(1).sum())
+        self.ledger.rows.add(nonfinite=nonfinite, overrange=len(rows) - int(good.sum()) - nonfinite)
+        return narrow[good], good.cpu()
+
+    def point(self) -> Point:
+        """The hook point as a manifest has it once the pending rows are durable."""
+        ledger = Ledger.from_dict(self.ledger.as_dict())
+        ledger.rows.add(accumulated=self.pending, pending=-self.pending)
+        ledger.rows.add(formed=-ledger.rows.missing)  # what another thread is handing over just now
+        rule = None if self.tokens is None else self.tokens.as_dict()
+        dtype = str(self.dtype).removeprefix("torch.")
+        return Point(self.hook_point, dtype, self.dim, rule, ledger.as_dict())
+
+    def begin_shard(self, kept: bool) -> None:
+        """Forget the open shard, whose rows are durable now, or dropped."""
+        name = "accumulated" if kept else "dropped"
+        self.ledger.rows.add(**{name: self.pending, "pending": -self.pending})
+        self.draft, self.growing, self.pending = None, Growing(), 0
+
+
+def _all_finite(rows: Tensor) -> bool:
+    """Whether every element is finite, in one pass."""
+    least, most = rows.aminmax()
+    return bool(torch.isfinite(least) & torch.isfinite(most))

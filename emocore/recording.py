@@ -1,0 +1,306 @@
+"""Recording: the activation store, a sink for many hook points that streams their rows to durable shards.
+
+Rows are pending until a commit has made them durable: it seals the open shards, then publishes the next manifest. What
+fails before that leaves the last commit as it was, and the rows since then are counted as dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .errors import ArgumentError, StoreError
+from .feeds import Feed
+from .folders import Folder
+from .generations import advance, generations, newest, path_of
+from .labels import label_names
+from .ledger import Ledger
+from .manifest import DTYPES, Index, Manifest, Rows, check_files
+from .places import Growing, packed
+from .registers import Register
+from .ring import Policy, Ring, block, drop
+from .shards import Draft
+from .sinks import Observed
+
+RING_BYTES = 256 << 20  # of the ring that a store makes for itself
+SLOT_BYTES = 4 << 20
+MOST_NAME = 2048  # of a hook point, in the header of its shards
+POLICIES = {"block": block, "drop": drop}
+
+
+class ActivationStore:
+    """Streams the rows of any number of hook points to the folder `path`, or goes on where a store there ended.
+
+    A sink for `capture`, which gives every hook point `at(hook_point)`. `labels` are the names of label ids; `dtype` is
+    what rows are stored as, by default their own; `policy` is what happens when the disk is slower than the rows:
+    "block", "drop" or `ring.sample(p, seed)`. A shard ends with the forward that fills its `shard_rows` or
+    `shard_bytes`, and all hook points are then committed, as by `commit()` and `close()`. Several processes give each
+    its `rank` of `world`, and `store.join` makes one store of theirs. `model` names what the rows came from.
+    Raises ArgumentError, and StoreError where the folder cannot be written, is damaged, or has a writer.
+
+    >>> import tempfile; folder = tempfile.mkdtemp()
+    >>> with ActivationStore(folder, labels=["calm", "sad"]) as store:
+    ...     store.at("layers.0").update(torch.ones(2, 3), labels=["sad", None])
+    >>> store.ledger["layers.0"].rows.accumulated
+    2
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        labels: int | Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        policy: str | Policy = "block",
+        shard_rows: int | None = None,
+        shard_bytes: int = 1 << 29,
+        model: str | None = None,
+        rank: int = 0,
+        world: int = 1,
+        ring: Ring | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in DTYPES.values():
+            raise ArgumentError("dtype", expected=" or ".join(DTYPES), got=dtype)
+        if not 0 <= rank < world:
+            raise ArgumentError("rank", expected=f"0 .. {world - 1}", got=rank)
+        if shard_bytes < 1 or (shard_rows is not None and shard_rows < 1):
+            raise ArgumentError("shard_rows, shard_bytes", expected="at least 1", got=(shard_rows, shard_bytes))
+        self.path = Path(path) / f"rank-{rank:05}" if world > 1 else Path(path)
+        if isinstance(policy, str) and policy not in POLICIES:
+            raise ArgumentError("policy", expected=f"{' or '.join(POLICIES)}, or a sample", got=repr(policy))
+        self.policy = POLICIES[policy] if isinstance(policy, str) else policy
+        self._offers = replace(self.policy, p=1.0)  # to rows that are picked already
+        self._dtype, self._shard_rows, self._shard_bytes = dtype, shard_rows, shard_bytes
+        self._ring, self._own_ring = ring, ring is None
+        self._lock = threading.RLock()
+        self._feeds: dict[str, Feed] = {}
+        self._placed: list[Feed] = []  # by their place in the manifest
+        self._folder, self._pid, self._open = Folder(self.path), os.getpid(), True
+        try:
+            self._resume(label_names(labels), model, rank, world)
+        except BaseException:
+            self._folder.close()
+            raise
+
+    # --- what is there
+
+    def _resume(self, labels: tuple[str, ...], model: str | None, rank: int, world: int) -> None:
+        found = newest(self.path)
+        before = found.manifest if found else Manifest(labels=labels, rank=rank, world=world)
+        self.labels = tuple(before.labels)
+        for name, given, held in (
+            ("labels", labels or self.labels, self.labels),
+            ("rank, world", (rank, world), (before.rank, before.world)),
+            ("model", model or before.model, before.model or model),
+            ("path", before.ranks, None),
+        ):
+            if given != held:
+                raise ArgumentError(f"{name}: another store is in {self.path}", expected=held, got=given)
+        check_files(self._folder.handle, before)
+        # where a newer manifest is damaged, it may have listed what this one does not
+        self.swept, self._number = self._folder.sweep(before.layouts(), sealed=not (found and found.damaged))
+        self._published = found is not None
+        self._manifest = replace(
+            before,
+            generation=max(generations(self.path), default=0),
+            model=model or before.model,
+            versions={"emocore": __version__, "torch": str(torch.__version__)},
+        )
+        self._register = Register(before.sequences, rank, world)
+        for point in before.points:
+            feed = Feed(self, point.hook_point, self._dtype, point)
+            self._feeds[point.hook_point] = feed
+            self._placed.append(feed)
+
+    @property
+    def ledger(self) -> dict[str, Ledger]:
+        """Ledger by hook point: `accumulated` rows are durable, `pending` ones are not yet."""
+        return {name: feed.ledger for name, feed in self._feeds.items()}
+
+    @property
+    def generation(self) -> int:
+        """The number of the last manifest; 0 before the first."""
+        return self._manifest.generation
+
+    # --- rows come in
+
+    def at(self, hook_point: str) -> Feed:
+        """The sink of one hook point, the same one every time; raises ArgumentError for another dtype than it has."""
+        with self._lock:
+            self._check()
+            if hook_point not in self._feeds:
+                if not 1 <= len(json.dumps(hook_point)) - 2 <= MOST_NAME:
+                    raise ArgumentError("hook point", expected=f"1 to {MOST_NAME} letters", got=hook_point[:80])
+                self._feeds[hook_point] = Feed(self, hook_point, self._dtype, None)
+            feed = self._feeds[hook_point]
+            if self._dtype not in (None, feed.dtype):
+                raise ArgumentError(f"dtype: of {hook_point!r} in {self.path}", expected=feed.dtype, got=self._dtype)
+            return feed
+
+    def take(self, feed: Feed, observed: Observed) -> None:
+        """Take rows that the feed's ledger counts as formed; what is kept of them is pending then."""
+        with self._lock:
+            self._check()
+            n = len(observed.rows)
+            rows, good = feed.fit(observed.rows)
+            if feed not in self._placed:
+                self._placed.append(feed)
+            picked = self.policy.picks(feed.ledger.rows.formed - n, n)
+            kept = picked if good is None else picked & good
+            feed.ledger.rows.add(sampled_out=len(rows) - int(kept.sum()))
+            if not bool(picked.all()):
+                chosen = picked if good is None else picked[good]
+                rows = rows[chosen.to(rows.device)]
+            if len(rows):
+                self._append(feed, rows, self._register.places(observed)[kept])
+
+    def _append(self, feed: Feed, rows: Tensor, where: Tensor) -> None:
+        try:
+            with self._folder.said():
+                if feed.draft is None:
+                    feed.draft = self._draft("rows", self._placed.index(feed))
+                offered = feed.draft.offer(rows.cpu(), self._offers)
+        except StoreError:
+            self._abandon()
+            raise
+        feed.ledger.rows.add(pending=offered.taken, dropped=offered.dropped)
+        self._place(feed, where[: offered.taken])
+        feed.pending += offered.taken
+
+    def _place(self, feed: Feed, where: Tensor) -> None:
+        """Say whose the next rows of a feed are, in one table with the feeds that got the same ones."""
+        if feed.pending == 0:
+            known = (f.growing for f in self._placed if f.pending)
+            feed.growing = next((g for g in known if g.extend(0, where)), feed.growing)
+        if not feed.growing.extend(feed.pending, where):
+            feed.growing = Growing(feed.growing.first(feed.pending))
+            feed.growing.extend(feed.pending, where)
+
+    def _draft(self, kind: str, place: int) -> Draft:
+        if self._ring is None:
+            slots = max(RING_BYTES // SLOT_BYTES, 2 * len(self._feeds))
+            self._ring = Ring(slots=slots, slot_bytes=min(SLOT_BYTES, max(RING_BYTES // slots >> 20, 1) << 20))
+        return Draft(self._folder.handle, f"{kind}-{self._number:08}-{place:03}.safetensors", self._ring)
+
+    # --- and become durable
+
+    def settle(self) -> None:
+        """Commit where a shard is full: no forward is half handed over."""
+        with self._lock:
+            for feed in self._placed:
+                full = self._shard_rows is not None and feed.pending >= self._shard_rows
+                if full or feed.pending_bytes >= self._shard_bytes:
+                    self.commit()
+                    return
+
+    def commit(self) -> int:
+        """Make all pending rows durable and return the number of the manifest that lists them.
+
+        Raises StoreError naming path and errno; the last commit is then as it was, and what was pending is dropped.
+        """
+        with self._lock:
+            self._check()
+            points = tuple(feed.point() for feed in self._placed)
+            if self._published and points == self._manifest.points and not any(f.pending for f in self._placed):
+                return self.generation
+            drafts = [feed.draft for feed in self._placed if feed.draft is not None]
+            generation = self.generation + 1
+            try:
+                with self._folder.said():
+                    rows, indexes = self._seal(drafts)
+                    next_one = replace(
+                        self._manifest,
+                        generation=generation,
+                        points=points,
+                        sequences=self._register.sequences,
+                        rows=(*self._manifest.rows, *rows),
+                        indexes=(*self._manifest.indexes, *indexes),
+                    )
+                    advance(self.path, next_one)
+            except BaseException:
+                if not path_of(self.path, generation).exists():  # only its last fsync may have failed
+                    self._abandon(drafts)
+                    raise
+                self._adopt(next_one)
+                raise
+            self._adopt(next_one)
+            return generation
+
+    def _seal(self, drafts: list[Draft]) -> tuple[list[Rows], list[Index]]:
+        """Finish the open shards and one index for all that hold the same rows, and give them their names."""
+        rows: list[Rows] = []
+        indexes: dict[tuple[int, int], Index] = {}
+        for place, feed in enumerate(self._placed):
+            if feed.draft is None:
+                continue
+            key = (id(feed.growing), feed.pending)
+            if key not in indexes:
+                draft = self._draft("index", len(indexes))
+                drafts.append(draft)
+                indexes[key] = self._index(draft, feed.growing.first(feed.pending))
+            shard = Rows(feed.draft.file, place, feed.pending, 0, indexes[key].file)
+            crc = feed.draft.finish(shard.layout(feed.point()))
+            rows.append(replace(shard, crc32c=crc))
+        for draft in drafts:
+            draft.seal()
+        self._folder.sync()
+        return rows, list(indexes.values())
+
+    def _index(self, draft: Draft, where: Tensor) -> Index:
+        tensors = packed(where, list(self._register.requests))
+        for t in tensors.values():
+            draft.append(t)
+        index = Index(draft.file, len(where), len(tensors["request_ends"]), len(tensors["request_names"]), 0)
+        return replace(index, crc32c=draft.finish(index.layout))
+
+    def _adopt(self, manifest: Manifest) -> None:
+        self._manifest, self._published = manifest, True
+        self._next_shards(kept=True)
+
+    def _abandon(self, drafts: Sequence[Draft] = ()) -> None:
+        """Drop all that is pending, and what was written of it."""
+        for draft in {*drafts, *(feed.draft for feed in self._placed if feed.draft is not None)}:
+            draft.abandon()
+        self._next_shards(kept=False)
+
+    def _next_shards(self, kept: bool) -> None:
+        for feed in self._placed:
+            feed.begin_shard(kept)
+        self._register.requests.clear()
+        self._number += 1
+
+    def close(self) -> None:
+        """Commit, and let another writer in; the store then takes nothing more."""
+        with self._lock:
+            if not self._open:
+                return
+            try:
+                self.commit()
+            finally:
+                self._open = False
+                if self._ring is not None and self._own_ring:
+                    self._ring.close()
+                self._folder.close()
+
+    def _check(self) -> None:
+        if not self._open:
+            raise StoreError(f"{self.path}: this store is closed", way_out="Open it again to go on.")
+        if self._pid != os.getpid():
+            raise StoreError(
+                f"{self.path}: opened in process {self._pid}, used in its child {os.getpid()}",
+                way_out="Open a store in the child, with a rank= of its own.",
+            )
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,42 @@
+"""Registers: the numbers that an activation store gives to sequences and requests, and the places made of them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .places import table
+from .sinks import Observed
+
+
+class Register:
+    """Numbers sequences over the whole store, no two ranks alike, and requests within the shards that are open."""
+
+    def __init__(self, sequences: int, rank: int, world: int) -> None:
+        self.sequences = sequences  # numbered so far
+        self.requests: dict[str, int] = {}
+        self._rank, self._world = rank, world
+        self._first: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # by batch
+
+    def places(self, observed: Observed) -> Tensor:
+        """Whose the rows are, as a table [N, 5]."""
+        sequence = None
+        if observed.batch is not None:
+            sequence = (self._number(observed) + observed.sequence) * self._world + self._rank
+        request = None
+        if observed.requests is not None:
+            ids = [self.requests.setdefault(str(r), len(self.requests)) for r in observed.requests]
+            request = torch.tensor(ids, dtype=torch.long)[observed.sequence]
+        columns = {"sequence": sequence, "request": request, "position": observed.rank}
+        return table(len(observed.rows), **columns, token=observed.tokens, label=observed.ids)
+
+    def _number(self, observed: Observed) -> int:
+        """That of a batch's first sequence, the same in every forward of it and at every hook point."""
+        first = self._first.get(observed.batch)
+        if first is None:
+            first = self._first[observed.batch] = self.sequences
+            self.sequences += observed.sequences
+        return first
