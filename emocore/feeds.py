@@ -127,10 +127,12 @@ class Feed:
         return Point(self.hook_point, dtype, self.dim, rule, ledger.as_dict())
 
     def begin_shard(self, kept: bool) -> None:
-        """Forget the open shard, whose rows are durable now, or dropped."""
+        """Forget the open shard, whose rows are durable now, or dropped; one without rows stays open past a commit."""
         name = "accumulated" if kept else "dropped"
         self.ledger.rows.add(**{name: self.pending, "pending": -self.pending})
-        self.draft, self.growing, self.pending = None, Growing(), 0
+        if self.pending or not kept:
+            self.draft = None
+        self.growing, self.pending = Growing(), 0
 
 
 def _all_finite(rows: Tensor) -> bool:

@@ -22,6 +22,7 @@ class Folder:
         self.path = path
         with self.said():
             path.mkdir(parents=True, exist_ok=True)
+            _sync(path.parent)
             self.handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 self._guard = _locked(path)
@@ -66,6 +67,14 @@ class Folder:
         """Let another writer in."""
         os.close(self._guard)
         os.close(self.handle)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _locked(path: Path) -> int:

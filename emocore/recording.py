@@ -6,6 +6,7 @@ fails before that leaves the last commit as it was, and the rows since then are 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -153,14 +154,15 @@ class ActivationStore:
             rows, good = feed.fit(observed.rows)
             if feed not in self._placed:
                 self._placed.append(feed)
-            picked = self.policy.picks(feed.ledger.rows.formed - n, n)
-            kept = picked if good is None else picked & good
-            feed.ledger.rows.add(sampled_out=len(rows) - int(kept.sum()))
-            if not bool(picked.all()):
-                chosen = picked if good is None else picked[good]
-                rows = rows[chosen.to(rows.device)]
+            where = self._register.places(observed)
+            where = where if good is None else where[good]
+            if self.policy.p < 1:
+                picked = self.policy.picks(feed.ledger.rows.formed - n, n)
+                picked = picked if good is None else picked[good]
+                feed.ledger.rows.add(sampled_out=len(rows) - int(picked.sum()))
+                rows, where = rows[picked.to(rows.device)], where[picked]
             if len(rows):
-                self._append(feed, rows, self._register.places(observed)[kept])
+                self._append(feed, rows, where)
 
     def _append(self, feed: Feed, rows: Tensor, where: Tensor) -> None:
         try:
@@ -172,8 +174,9 @@ class ActivationStore:
             self._abandon()
             raise
         feed.ledger.rows.add(pending=offered.taken, dropped=offered.dropped)
-        self._place(feed, where[: offered.taken])
-        feed.pending += offered.taken
+        if offered.taken:
+            self._place(feed, where[: offered.taken])
+            feed.pending += offered.taken
 
     def _place(self, feed: Feed, where: Tensor) -> None:
         """Say whose the next rows of a feed are, in one table with the feeds that got the same ones."""
@@ -211,7 +214,7 @@ class ActivationStore:
             points = tuple(feed.point() for feed in self._placed)
             if self._published and points == self._manifest.points and not any(f.pending for f in self._placed):
                 return self.generation
-            drafts = [feed.draft for feed in self._placed if feed.draft is not None]
+            drafts = [feed.draft for feed in self._placed if feed.draft is not None and feed.pending]
             generation = self.generation + 1
             try:
                 with self._folder.said():
@@ -239,7 +242,7 @@ class ActivationStore:
         rows: list[Rows] = []
         indexes: dict[tuple[int, int], Index] = {}
         for place, feed in enumerate(self._placed):
-            if feed.draft is None:
+            if feed.draft is None or not feed.pending:
                 continue
             key = (id(feed.growing), feed.pending)
             if key not in indexes:
@@ -287,7 +290,8 @@ class ActivationStore:
             finally:
                 self._open = False
                 if self._ring is not None and self._own_ring:
-                    self._ring.close()
+                    with contextlib.suppress(StoreError):  # of what was abandoned: the rest is flushed
+                        self._ring.close()
                 self._folder.close()
 
     def _check(self) -> None:

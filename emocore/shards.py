@@ -18,7 +18,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, EmocoreError, StoreError
+from .errors import ArgumentError, StoreError
 from .native import extension
 from .ring import Offered, Policy, Ring
 
@@ -106,8 +106,6 @@ class Draft:
 
     def abandon(self) -> None:
         """Remove what was written, whatever its name is by now; quiet about what cannot be removed."""
-        with contextlib.suppress(EmocoreError):  # nobody else shall hear of its errors
-            self._stream.flush()
         for name in (self.file, self.file + OPEN):
             with contextlib.suppress(OSError):
                 os.unlink(name, dir_fd=self._folder)
