@@ -53,10 +53,11 @@ class Growing:
 def packed(rows: Tensor, requests: Sequence[str]) -> dict[str, Tensor]:
     """A table [n, 5] as the tensors of an index shard; its requests are those of `requests` that occur."""
     columns = dict(zip(COLUMNS, rows.T, strict=True))
-    used, place = columns["request"].unique(return_inverse=True)
-    unnamed = len(used) > 0 and int(used[0]) == NONE
-    columns["request"] = place - int(unnamed)
-    names = [requests[i].encode() for i in used[int(unnamed) :].tolist()]
+    counts = (columns["request"] + 1).bincount(minlength=len(requests) + 1)
+    counts[0] = 0  # of rows without a request
+    place = (counts > 0).cumsum(0) - 1
+    columns["request"] = place[columns["request"] + 1]
+    names = [requests[i].encode() for i in (counts[1:] > 0).nonzero().squeeze(1).tolist()]
     return {
         "sequence": columns.pop("sequence").contiguous(),
         "request_ends": torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0),
