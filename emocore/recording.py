@@ -31,7 +31,7 @@ from .ring import Policy, Ring, block, drop
 from .shards import Draft
 from .sinks import Observed
 
-RING_BYTES = 256 << 20  # of the ring that a store makes for itself
+RING_BYTES = 64 << 20  # of the ring that a store makes for itself: what a cache holds is written faster
 SLOT_BYTES = 4 << 20
 MOST_NAME = 2048  # of a hook point, in the header of its shards
 POLICIES = {"block": block, "drop": drop}
