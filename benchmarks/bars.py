@@ -25,6 +25,7 @@ GPU = {
     "G13": "rows to a file",
 }
 CPU = {
+    "G13": "rows to disk, synced, and back",
     "G14": "gram on the CPU",
     "G15": "label sums, project, steer on the CPU",
 }

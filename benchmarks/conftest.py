@@ -25,7 +25,7 @@ from .shapes import SCALES
 
 RESULTS = Path(__file__).parent / "results"
 # Files by what they take of the time that a run has; of one that is cut short the first have figures.
-ORDER = ("gram", "moments", "label_sums", "project", "steering", "small_calls", "accuracy", "ring", "models")
+ORDER = ("gram", "moments", "label_sums", "project", "steering", "small_calls", "accuracy", "ring", "store", "models")
 REPORT = pytest.StashKey[Report]()
 STARTED = pytest.StashKey[float]()
 RACED = pytest.StashKey[bool]()

@@ -94,8 +94,10 @@ class Feed:
 
     # --- for the store
 
-    def fit(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def fit(self, rows: Tensor, finite: bool) -> tuple[Tensor, Tensor | None]:
         """Rows in the stored dtype, and which of them are kept where some are not finite in it; counts those.
+
+        `finite` says that the rows are known to be, in their own dtype.
 
         Raises ShapeError for another width, ArgumentError for float64 rows where no dtype was chosen.
         """
@@ -110,6 +112,8 @@ class Feed:
             )
         self.dim, self.dtype = rows.shape[1], dtype
         narrow = rows.to(dtype)
+        if finite and torch.finfo(dtype).max >= torch.finfo(rows.dtype).max:
+            return narrow, None
         if bool(narrow.sum(dtype=torch.float32).isfinite()):  # which NaN and Inf never leave finite
             return narrow, None
         good = narrow.isfinite().all(1)

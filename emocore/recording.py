@@ -151,7 +151,7 @@ class ActivationStore:
         with self._lock:
             self._check()
             n = len(observed.rows)
-            rows, good = feed.fit(observed.rows)
+            rows, good = feed.fit(observed.rows, finite=observed.batch is not None)
             if feed not in self._placed:
                 self._placed.append(feed)
             where = self._register.places(observed)

@@ -34,7 +34,7 @@ class Observed:
     """Finite rows [N, D] of one hook point in one forward, with their sequence [N] in the batch and their rank [N].
 
     A pooled row has rank -1. `ids` [N] are label ids where the sink keeps labels, `tokens` [N] token ids where the
-    model was shown any; `batch` is the same object in every forward of a batch.
+    model was shown any; `batch` is the same object in every forward of a batch, None outside of captures.
     """
 
     hook_point: str
