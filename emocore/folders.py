@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from . import publishing
 from .errors import EmocoreError, StoreError
 from .manifest import SHARD
 from .shards import OPEN
@@ -48,6 +49,7 @@ class Folder:
         """Remove shards of dead writers, of sealed ones only where asked: how many, and the next free shard number."""
         swept, last = 0, -1
         with self.said():
+            publishing.sweep(self.path)
             for name in os.listdir(self.handle):
                 match = SHARD.fullmatch(name.removesuffix(OPEN))
                 if match is None:

@@ -23,7 +23,7 @@ def publish(path: Path, data: bytes) -> None:
     """
     target = Path(os.path.realpath(path))
     try:
-        _sweep(target.parent)
+        sweep(target.parent)
         with _temporary(target.parent) as (handle, name), open(handle, "wb", closefd=False) as file:
             file.write(data)
             file.flush()
@@ -65,7 +65,7 @@ def _temporary(folder: Path) -> Iterator[tuple[int, str]]:
             os.close(handle)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove temporaries whose writer is gone: a living one holds a lock on its own."""
     for entry in os.scandir(folder):
         if entry.name.startswith(".") and entry.name.endswith(SUFFIX):
