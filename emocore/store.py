@@ -20,6 +20,7 @@ from .auditing import Audit, verify
 from .calibration import Calibration, StreamReference
 from .directions import ByHookPoint, Directions
 from .errors import ArgumentError, StoreError
+from .exporting import to_hdf5
 from .formats import FORMATS, MAX_TEXT, Format, parse
 from .joining import join
 from .moments import Moments
@@ -28,7 +29,7 @@ from .publishing import publish
 from .sums import Sums
 from .tokens import Tokens
 
-__all__ = ["Audit", "join", "load", "save", "verify"]
+__all__ = ["Audit", "join", "load", "save", "to_hdf5", "verify"]
 
 FORMAT = 1
 MAX_BYTES = 1 << 36  # of a file, before it is read

@@ -44,6 +44,7 @@ FLOORS = [
         "replaying",
         "auditing",
         "joining",
+        "exporting",
         "store",
     ],
     ["emotions", "integrations"],

@@ -1,0 +1,98 @@
+"""Exporting: an activation store as HDF5 files for other tools, one a shard, each published whole."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, StoreError
+from .formats import KEY
+from .manifest import Manifest, Point
+from .publishing import publish
+from .replaying import activations
+
+FILTERS = {"zstd": "Zstd", "blosc2": "Blosc2"}  # of hdf5plugin
+CHUNK = 1 << 20  # bytes that are compressed together
+
+
+def to_hdf5(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], compression: str | None = None
+) -> tuple[Path, ...]:
+    """Write every shard of the store in `path` to a file in the folder `out`, and return the files.
+
+    A file holds `rows` [n, D], the columns of their index [n], and `emocore`, a JSON text: hook point, labels, token
+    rule, model. HDF5 has no bfloat16: its bits are uint16 under the attribute `emocore_dtype`. `compression` is "zstd"
+    or "blosc2", by the package hdf5plugin. Raises ArgumentError, and StoreError where the store is damaged, the
+    package is missing, or a file cannot be written.
+    """
+    squeeze = _squeezed(compression)
+    found, out = activations(path), Path(out)
+    layouts = found.manifest.layouts()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{out}: could not be made", got=error.strerror) from error
+    files = []
+    for shard in found.manifest.rows:
+        tensors = {
+            **found.tensors(shard.file, layouts[shard.file]),
+            **found.tensors(shard.index, layouts[shard.index]),
+        }
+        text = _text(found.manifest, found.manifest.points[shard.point])
+        files.append(out / f"{Path(shard.file.replace('/', '-')).stem}.h5")
+        publish(files[-1], _packed(tensors, text, squeeze))
+    return tuple(files)
+
+
+def _squeezed(compression: str | None) -> Mapping[str, Any]:
+    """What h5py is to be told of a dataset."""
+    if compression is None:
+        return {}
+    if compression not in FILTERS:
+        raise ArgumentError("compression", expected=f"None or {' or '.join(FILTERS)}", got=repr(compression))
+    try:
+        plugin = importlib.import_module("hdf5plugin")
+    except ImportError as error:
+        raise StoreError(
+            f"compression {compression!r}: hdf5plugin is not installed",
+            got=str(error),
+            way_out="Install emocore-engine[hdf5], or give compression=None.",
+        ) from error
+    found: Mapping[str, Any] = getattr(plugin, FILTERS[compression])()
+    return found
+
+
+def _text(manifest: Manifest, point: Point) -> str:
+    return json.dumps(
+        {
+            "hook_point": point.hook_point,
+            "labels": list(manifest.labels),
+            "tokens": point.tokens,
+            "model": manifest.model,
+            "generation": manifest.generation,
+        }
+    )
+
+
+def _packed(tensors: Mapping[str, Tensor], text: str, squeeze: Mapping[str, Any]) -> bytes:
+    # built in memory, because h5py on a live disk loses data when the disk fills
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file[KEY] = np.frombuffer(text.encode(), dtype=np.uint8)
+        for name, t in tensors.items():
+            bits = t.view(torch.uint16) if t.dtype == torch.bfloat16 else t
+            many = squeeze if name == "rows" and t.numel() else {}
+            chunks = {"chunks": (min(len(t), max(CHUNK // t[0].nbytes, 1)), t.shape[1])} if many else {}
+            dataset = file.create_dataset(name, data=bits.numpy(), **chunks, **many)
+            dataset.attrs["emocore_dtype"] = str(t.dtype).removeprefix("torch.")
+    return buffer.getvalue()
