@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,15 +25,16 @@ from .folders import Folder
 from .generations import advance, generations, newest, path_of
 from .labels import label_names
 from .ledger import Ledger
-from .manifest import DTYPES, Index, Manifest, Rows, check_files
-from .places import Growing, packed
+from .manifest import DTYPES, Manifest, check_files
+from .places import Growing
 from .registers import Register
 from .ring import Policy, Ring, block, drop
+from .sealing import Sealing
 from .shards import Draft
 from .sinks import Observed
 
 RING_BYTES = 64 << 20  # of the ring that a store makes for itself: what a cache holds is written faster
-SLOT_BYTES = 4 << 20
+SLOT_BYTES = 2 << 20
 MOST_NAME = 2048  # of a hook point, in the header of its shards
 POLICIES = {"block": block, "drop": drop}
 
@@ -79,11 +81,12 @@ class ActivationStore:
             raise ArgumentError("policy", expected=f"{' or '.join(POLICIES)}, or a sample", got=repr(policy))
         self.policy = POLICIES[policy] if isinstance(policy, str) else policy
         self._offers = replace(self.policy, p=1.0)  # to rows that are picked already
-        self._dtype, self._shard_rows, self._shard_bytes = dtype, shard_rows, shard_bytes
+        self._dtype, self._shard_rows, self._shard_bytes = dtype, shard_rows or sys.maxsize, shard_bytes
         self._ring, self._own_ring = ring, ring is None
         self._lock = threading.RLock()
         self._feeds: dict[str, Feed] = {}
         self._placed: list[Feed] = []  # by their place in the manifest
+        self._full = False
         self._folder, self._pid, self._open = Folder(self.path), os.getpid(), True
         try:
             self._resume(label_names(labels), model, rank, world)
@@ -177,6 +180,7 @@ class ActivationStore:
         if offered.taken:
             self._place(feed, where[: offered.taken])
             feed.pending += offered.taken
+            self._full |= feed.pending_bytes >= self._shard_bytes or feed.pending >= self._shard_rows
 
     def _place(self, feed: Feed, where: Tensor) -> None:
         """Say whose the next rows of a feed are, in one table with the feeds that got the same ones."""
@@ -198,11 +202,8 @@ class ActivationStore:
     def settle(self) -> None:
         """Commit where a shard is full: no forward is half handed over."""
         with self._lock:
-            for feed in self._placed:
-                full = self._shard_rows is not None and feed.pending >= self._shard_rows
-                if full or feed.pending_bytes >= self._shard_bytes:
-                    self.commit()
-                    return
+            if self._full:
+                self.commit()
 
     def commit(self) -> int:
         """Make all pending rows durable and return the number of the manifest that lists them.
@@ -214,64 +215,41 @@ class ActivationStore:
             points = tuple(feed.point() for feed in self._placed)
             if self._published and points == self._manifest.points and not any(f.pending for f in self._placed):
                 return self.generation
-            drafts = [feed.draft for feed in self._placed if feed.draft is not None and feed.pending]
+            sealing = Sealing(self._placed, list(self._register.requests), self._draft)
             generation = self.generation + 1
             try:
                 with self._folder.said():
-                    rows, indexes = self._seal(drafts)
-                    next_one = replace(
+                    sealing.finish()
+                    sealing.name()
+                    self._folder.sync()
+                    manifest = replace(
                         self._manifest,
                         generation=generation,
                         points=points,
                         sequences=self._register.sequences,
-                        rows=(*self._manifest.rows, *rows),
-                        indexes=(*self._manifest.indexes, *indexes),
+                        rows=(*self._manifest.rows, *sealing.rows),
+                        indexes=(*self._manifest.indexes, *sealing.indexes.values()),
                     )
-                    advance(self.path, next_one)
+                    advance(self.path, manifest)
             except BaseException:
-                if not path_of(self.path, generation).exists():  # only its last fsync may have failed
-                    self._abandon(drafts)
-                    raise
-                self._adopt(next_one)
+                if path_of(self.path, generation).exists():  # only its last fsync has failed
+                    self._adopt(manifest)
+                else:
+                    sealing.abandon()
+                    self._abandon()
                 raise
-            self._adopt(next_one)
+            self._adopt(manifest)
             return generation
-
-    def _seal(self, drafts: list[Draft]) -> tuple[list[Rows], list[Index]]:
-        """Finish the open shards and one index for all that hold the same rows, and give them their names."""
-        rows: list[Rows] = []
-        indexes: dict[tuple[int, int], Index] = {}
-        for place, feed in enumerate(self._placed):
-            if feed.draft is None or not feed.pending:
-                continue
-            key = (id(feed.growing), feed.pending)
-            if key not in indexes:
-                draft = self._draft("index", len(indexes))
-                drafts.append(draft)
-                indexes[key] = self._index(draft, feed.growing.first(feed.pending))
-            shard = Rows(feed.draft.file, place, feed.pending, 0, indexes[key].file)
-            crc = feed.draft.finish(shard.layout(feed.point()))
-            rows.append(replace(shard, crc32c=crc))
-        for draft in drafts:
-            draft.seal()
-        self._folder.sync()
-        return rows, list(indexes.values())
-
-    def _index(self, draft: Draft, where: Tensor) -> Index:
-        tensors = packed(where, list(self._register.requests))
-        for t in tensors.values():
-            draft.append(t)
-        index = Index(draft.file, len(where), len(tensors["request_ends"]), len(tensors["request_names"]), 0)
-        return replace(index, crc32c=draft.finish(index.layout))
 
     def _adopt(self, manifest: Manifest) -> None:
         self._manifest, self._published = manifest, True
         self._next_shards(kept=True)
 
-    def _abandon(self, drafts: Sequence[Draft] = ()) -> None:
+    def _abandon(self) -> None:
         """Drop all that is pending, and what was written of it."""
-        for draft in {*drafts, *(feed.draft for feed in self._placed if feed.draft is not None)}:
-            draft.abandon()
+        for feed in self._placed:
+            if feed.draft is not None:
+                feed.draft.abandon()
         self._next_shards(kept=False)
 
     def _next_shards(self, kept: bool) -> None:
@@ -279,6 +257,7 @@ class ActivationStore:
             feed.begin_shard(kept)
         self._register.requests.clear()
         self._number += 1
+        self._full = False
 
     def close(self) -> None:
         """Commit, and let another writer in; the store then takes nothing more."""

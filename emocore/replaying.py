@@ -5,7 +5,6 @@ A reader keeps the generation that it opened: a writer only ever adds files to i
 
 from __future__ import annotations
 
-import bisect
 import functools
 import os
 import weakref
@@ -20,8 +19,9 @@ from torch import Tensor
 from .errors import ArgumentError, HookPointError, LabelError, ShapeError, StoreError, near
 from .generations import newest
 from .ledger import Ledger
-from .manifest import DTYPES, check_files
+from .manifest import check_files
 from .places import Places
+from .recorded import Recorded
 from .shards import Layout, checksum, mapped
 from .tokens import Tokens
 
@@ -50,7 +50,8 @@ class Activations(Mapping[str, "View"]):
         self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._folder)
         check_files(self._folder, self.manifest)
-        self._views = {point.hook_point: View(Recorded(self, i)) for i, point in enumerate(self.manifest.points)}
+        every = (Recorded(self.manifest, place, self.tensors) for place in range(len(self.manifest.points)))
+        self._views = {recorded.point.hook_point: View(self, recorded) for recorded in every}
 
     @property
     def hook_points(self) -> tuple[str, ...]:
@@ -96,61 +97,6 @@ class Activations(Mapping[str, "View"]):
         return f"<Activations {self.path} {self.manifest.generation}: {len(self)} hook points, {rows:,} rows>"
 
 
-class Recorded:
-    """All rows of one hook point over its shards, which are mapped when they are first read."""
-
-    def __init__(self, store: Activations, place: int) -> None:
-        self.store, self.point = store, store.manifest.points[place]
-        self.dtype = DTYPES[self.point.dtype]
-        self.shards = [shard for shard in store.manifest.rows if shard.point == place]
-        self.starts = [0]
-        for shard in self.shards:
-            self.starts.append(self.starts[-1] + shard.rows)
-        self._maps: list[Tensor | None] = [None] * len(self.shards)
-
-    def _rows(self, i: int) -> Tensor:
-        found = self._maps[i]
-        if found is None:
-            shard = self.shards[i]
-            found = self._maps[i] = self.store.tensors(shard.file, shard.layout(self.point))["rows"]
-        return found
-
-    def between(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop - 1 [stop - start, D]: in place where one shard holds them, else a copy."""
-        i = bisect.bisect_right(self.starts, start, hi=max(len(self.shards), 1)) - 1
-        parts = []
-        while start < stop:
-            first, end = self.starts[i], min(stop, self.starts[i + 1])
-            parts.append(self._rows(i)[start - first : end - first])
-            start, i = end, i + 1
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if parts else torch.empty(0, self.point.dim, dtype=self.dtype)
-
-    def gather(self, index: Tensor) -> Tensor:
-        """Rows [n, D] at index [n]: in place where they follow each other in one shard, else a copy."""
-        n = len(index)
-        if n and bool((index.diff() == 1).all()):
-            return self.between(int(index[0]), int(index[-1]) + 1)
-        out = torch.empty(n, self.point.dim, dtype=self.dtype)
-        shard = torch.bucketize(index, torch.tensor(self.starts), right=True) - 1
-        for i in shard.unique().tolist():
-            at = (shard == i).nonzero().squeeze(1)
-            out[at] = self._rows(i)[index[at] - self.starts[i]]
-        return out
-
-    @functools.cached_property
-    def places(self) -> Places:
-        """Whose the rows are."""
-        indexes = {index.file: index for index in self.store.manifest.indexes}
-        try:
-            return Places.joined(
-                [self.store.tensors(shard.index, indexes[shard.index].layout) for shard in self.shards]
-            )
-        except (ValueError, IndexError) as error:
-            raise StoreError(f"{self.store.path}: an index shard is damaged", got=str(error)) from error
-
-
 class View:
     """Rows of one hook point in the order in which they were captured: all of them, or those that `where` has chosen.
 
@@ -158,8 +104,8 @@ class View:
     shard are not copied; the memory is the reader's own, and writing to it changes no file.
     """
 
-    def __init__(self, recorded: Recorded, chosen: Tensor | None = None) -> None:
-        self._recorded, self._chosen = recorded, chosen
+    def __init__(self, store: Activations, recorded: Recorded, chosen: Tensor | None = None) -> None:
+        self._store, self._recorded, self._chosen = store, recorded, chosen
 
     @property
     def hook_point(self) -> str:
@@ -241,23 +187,22 @@ class View:
         Labels are names or ids, -1 for unlabelled rows; requests are names. Raises LabelError, ArgumentError.
         """
         places, keep = self.places, torch.ones(len(self), dtype=torch.bool)
-        store = self._recorded.store
         if label is not None:
-            keep &= _meets(places.label, _ids(label, store.labels, LabelError, "label"))
+            keep &= _meets(places.label, _ids(label, self._store.labels, LabelError, "label"))
         if request is not None:
             keep &= _meets(places.request, _ids(request, places.names, ArgumentError, "request"))
         for column, wanted in ((places.sequence, sequence), (places.position, position), (places.token, token)):
             if wanted is not None:
                 keep &= _meets(column, wanted)
         index = keep.nonzero().squeeze(1)
-        return View(self._recorded, index if self._chosen is None else self._chosen[index])
+        return View(self._store, self._recorded, index if self._chosen is None else self._chosen[index])
 
     def dataset(self) -> RowDataset:
         """The rows as a torch data set, which worker processes may open anew."""
         return RowDataset(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        store = self._recorded.store
+        store = self._store
         return _reopened, (store.path.absolute(), store.manifest.generation, self.hook_point, self._chosen)
 
     def __repr__(self) -> str:
@@ -265,7 +210,8 @@ class View:
 
 
 def _reopened(path: Path, generation: int, hook_point: str, chosen: Tensor | None) -> View:
-    return View(activations(path, generation)[hook_point]._recorded, chosen)
+    store = activations(path, generation)
+    return View(store, store[hook_point]._recorded, chosen)
 
 
 class RowDataset(torch.utils.data.Dataset[dict[str, Any]]):

@@ -26,6 +26,7 @@ from .joining import join
 from .moments import Moments
 from .precision import FLOATS
 from .publishing import publish
+from .replaying import activations
 from .sums import Sums
 from .tokens import Tokens
 
@@ -67,11 +68,13 @@ def save(obj: Stored | Mapping[str, Stored], path: str | os.PathLike[str]) -> No
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Load what `save` wrote: Moments, Directions, or {hook point: one of them}.
+    """Load what `save` wrote: Moments, Directions, or {hook point: one of them}; of a folder, its `activations`.
 
     Raises StoreError, naming the file and what is wrong, for a missing, corrupt, foreign or newer file.
     """
     path = Path(path)
+    if path.suffix not in FORMATS and path.is_dir():
+        return activations(path)
     form = _format(path)
     data = _read(path)
     try:

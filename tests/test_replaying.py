@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from emocore import ActivationStore, activations, capture, store
+from emocore import ActivationStore, activations, capture, load, store
 from emocore.errors import ArgumentError, HookPointError, LabelError, ShapeError, StoreError
 
 
@@ -127,6 +127,7 @@ def test_unknown_names_list_the_known(kept: tuple[Path, Tensor]) -> None:
     with pytest.raises(ArgumentError, match="request"):
         found["a"].where(request="r99")
     assert "layers.0" not in found
+    assert torch.equal(load(kept[0])["a"].rows, kept[1])
     assert repr(found["a"]) == "<View a: 100 rows [6] torch.bfloat16>"
 
 

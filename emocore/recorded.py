@@ -1,0 +1,69 @@
+"""Recorded: all rows of one hook point, over the shards that hold them."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .errors import StoreError
+from .manifest import DTYPES, Manifest
+from .places import Places
+from .shards import Layout
+
+
+class Recorded:
+    """Rows of hook point number `place`; a shard is mapped by `tensors(file, layout)` when it is first read."""
+
+    def __init__(self, manifest: Manifest, place: int, tensors: Callable[[str, Layout], dict[str, Tensor]]) -> None:
+        self.manifest, self.point = manifest, manifest.points[place]
+        self.dtype = DTYPES[self.point.dtype]
+        self.shards = [shard for shard in manifest.rows if shard.point == place]
+        self._tensors = tensors
+        self.starts = [0]
+        for shard in self.shards:
+            self.starts.append(self.starts[-1] + shard.rows)
+        self._maps: list[Tensor | None] = [None] * len(self.shards)
+
+    def _rows(self, i: int) -> Tensor:
+        found = self._maps[i]
+        if found is None:
+            shard = self.shards[i]
+            found = self._maps[i] = self._tensors(shard.file, shard.layout(self.point))["rows"]
+        return found
+
+    def between(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop - 1 [stop - start, D]: in place where one shard holds them, else a copy."""
+        i = bisect.bisect_right(self.starts, start, hi=max(len(self.shards), 1)) - 1
+        parts = []
+        while start < stop:
+            first, end = self.starts[i], min(stop, self.starts[i + 1])
+            parts.append(self._rows(i)[start - first : end - first])
+            start, i = end, i + 1
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0, self.point.dim, dtype=self.dtype)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Rows [n, D] at index [n]: in place where they follow each other in one shard, else a copy."""
+        n = len(index)
+        if n and bool((index.diff() == 1).all()):
+            return self.between(int(index[0]), int(index[-1]) + 1)
+        out = torch.empty(n, self.point.dim, dtype=self.dtype)
+        shard = torch.bucketize(index, torch.tensor(self.starts), right=True) - 1
+        for i in shard.unique().tolist():
+            at = (shard == i).nonzero().squeeze(1)
+            out[at] = self._rows(i)[index[at] - self.starts[i]]
+        return out
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """Whose the rows are."""
+        indexes = {index.file: index for index in self.manifest.indexes}
+        try:
+            return Places.joined([self._tensors(shard.index, indexes[shard.index].layout) for shard in self.shards])
+        except (ValueError, IndexError) as error:
+            raise StoreError(f"{self.point.hook_point}: an index shard is damaged", got=str(error)) from error
