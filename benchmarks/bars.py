@@ -22,10 +22,9 @@ GPU = {
     "G10": "whole model: mean and covariance at every layer",
     "G11": "whole model: 171 scores and alarms while decoding",
     "G12": "capture to host",
-    "G13": "rows to a file",
+    "G13": "rows to disk, and back",
 }
 CPU = {
-    "G13": "rows to disk, synced, and back",
     "G14": "gram on the CPU",
     "G15": "label sums, project, steer on the CPU",
 }

@@ -171,7 +171,7 @@ class ActivationStore:
             with self._folder.said():
                 if feed.draft is None:
                     feed.draft = self._draft("rows", self._placed.index(feed))
-                offered = feed.draft.offer(rows.cpu(), self._offers)
+                offered = feed.draft.offer(rows, self._offers)
         except StoreError:
             self._abandon()
             raise

@@ -312,7 +312,7 @@ def test_the_json_is_complete(written: Any) -> None:
     assert found["fraction_of_ceiling"] == 0.5
     assert [one["seconds"] for one in found["contenders"]] == [2.0, 3.0]
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert [bar["got"] for bar in document["bars"]] == [None, 1.5, None]
+    assert document["bars"][0]["got"] == 1.5
     for key in ("op", "commit", "bytes", "contenders"):
         broken = json.loads(json.dumps(document))
         del broken["cases"][0][key]
@@ -327,7 +327,7 @@ def test_the_tables_say_it_all(written: Any) -> None:
     assert row.split() == ["a", "case", "1", "ours", "2000.000", "0e+00", "0.5", "GB/s", "50%"]
     assert "1.50x" in text
     judged = [line.split()[-2:] for line in text.splitlines() if line.startswith("G1")]
-    assert judged == [["ran", "-"], ["1.5", "yes"], ["ran", "-"]]
+    assert judged == [["1.5", "yes"], ["ran", "-"]]
     assert report.DRY not in text
 
 
