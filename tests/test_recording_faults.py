@@ -18,8 +18,8 @@ from emocore.errors import StoreError
 
 KILLS = 40
 
-# One process imports everything once; for each line that it is sent it forks a writer, kills it so many seconds after so
-# many commits, and answers how many rows that one said were committed.
+# One process imports everything once; for each line that it is sent it forks a writer, kills it so many seconds after
+# so many commits, and answers how many rows that one said were committed.
 WRITERS = """
 import os, signal, sys, time, torch
 from emocore import ActivationStore
