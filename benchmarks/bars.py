@@ -24,7 +24,7 @@ GPU = {
     "G12": "capture to host",
 }
 CPU = {
-    "G13": "rows to disk, synced, and back",
+    "G13": "rows to disk, and back",
     "G14": "gram on the CPU",
     "G15": "label sums, project, steer on the CPU",
     "G17": "whole update on the CPU",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -12,7 +13,8 @@ from .errors import ArgumentError, LabelError, ShapeError
 from .labels import Labels, encode_labels
 from .ledger import Ledger
 from .manifest import DTYPES, Point
-from .places import NONE, Growing
+from .places import Growing
+from .registers import Register
 from .shards import Draft
 from .sinks import Observed
 from .tokens import Tokens
@@ -22,9 +24,10 @@ class Recorder(Protocol):
     """What a feed hands its rows to."""
 
     labels: tuple[str, ...]
+    lock: threading.RLock
 
-    def take(self, feed: Feed, observed: Observed) -> None:
-        """Take rows that the feed's ledger counts as formed."""
+    def take(self, feed: Feed, rows: Tensor, finite: bool, places: Callable[[Register], Tensor]) -> None:
+        """Take rows [N, D] that the feed's ledger counts as formed, with their places [N, 5]."""
 
     def settle(self) -> None:
         """Commit where a shard is full: no forward is half handed over."""
@@ -65,32 +68,49 @@ class Feed:
 
     def observe(self, observed: Observed) -> None:
         """Take rows that a capture has formed and counted; raises StoreError, BackpressureError, ShapeError."""
-        self._store.take(self, observed)
+        finite = observed.batch is not None
+        self._store.take(self, observed.rows, finite, lambda register: register.places(observed))
 
     def settle(self) -> None:
         """Commit where a shard is full: no forward is half handed over."""
         self._store.settle()
 
-    def update(self, x: Tensor, labels: Labels | None = None, requests: Sequence[str] | None = None) -> None:
-        """Take rows x [N, D] outside of a capture, with a label and a request id each; they have no sequence."""
-        n = len(x)
+    def update(
+        self,
+        x: Tensor,
+        labels: Labels | None = None,
+        requests: Sequence[str] | None = None,
+        *,
+        sequence: Tensor | None = None,
+        position: Tensor | None = None,
+        token: Tensor | None = None,
+    ) -> None:
+        """Take rows x [N, D] outside of a capture, and what is known of each: label, request, and three numbers."""
         if labels is not None and not self.labels:
             raise LabelError("labels: this store keeps none", way_out="Construct it with ActivationStore(labels=...).")
         ids = None if labels is None else encode_labels(labels, self.labels)
-        if x.dim() != 2 or (ids is not None and ids.shape != (n,)):
-            raise ShapeError("rows, and labels one a row", expected=f"[{n}, D] and [{n}]", got=list(x.shape))
-        if requests is not None and len(requests) != n:
-            raise ArgumentError("requests", expected=f"{n} ids, one a row", got=len(requests))
-        every = torch.arange(n)
-        observed = Observed(self.hook_point, x.detach(), every, torch.full_like(every, NONE), n, requests, ids)
-        before = self.ledger.rows.missing
-        self.ledger.rows.add(formed=n)
-        try:
-            self._store.take(self, observed)
-        except BaseException:
-            self.ledger.rows.add(dropped=self.ledger.rows.missing - before)
-            raise
-        self._store.settle()
+        columns = {"label": ids, "sequence": sequence, "position": position, "token": token}
+        self._check(x, requests, columns)
+        with self._store.lock:
+            rows = self.ledger.rows
+            before = rows.missing
+            rows.add(formed=len(x))
+            try:
+                self._store.take(self, x.detach(), False, lambda register: register.given(len(x), requests, columns))
+            except BaseException:
+                rows.add(dropped=rows.missing - before)
+                raise
+            self._store.settle()
+
+    def _check(self, x: Tensor, requests: Sequence[str] | None, columns: Mapping[str, Tensor | None]) -> None:
+        if x.dim() != 2:
+            raise ShapeError("rows", expected="[N, D]", got=list(x.shape))
+        for name, column in columns.items():
+            if column is not None and (column.shape != (len(x),) or column.is_floating_point()):
+                got = f"{column.dtype} {list(column.shape)}"
+                raise ShapeError(f"{name}: of rows", expected=f"[{len(x)}], a whole number a row", got=got)
+        if requests is not None and len(requests) != len(x):
+            raise ArgumentError("requests", expected=f"{len(x)} ids, one a row", got=len(requests))
 
     # --- for the store
 

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from .registers import Register
 from .ring import Policy, Ring, block, drop
 from .sealing import Sealing
 from .shards import Draft
-from .sinks import Observed
 
 RING_BYTES = 64 << 20  # of the ring that a store makes for itself: what a cache holds is written faster
 SLOT_BYTES = 2 << 20
@@ -83,7 +82,7 @@ class ActivationStore:
         self._offers = replace(self.policy, p=1.0)  # to rows that are picked already
         self._dtype, self._shard_rows, self._shard_bytes = dtype, shard_rows or sys.maxsize, shard_bytes
         self._ring, self._own_ring = ring, ring is None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._feeds: dict[str, Feed] = {}
         self._placed: list[Feed] = []  # by their place in the manifest
         self._full = False
@@ -138,7 +137,7 @@ class ActivationStore:
 
     def at(self, hook_point: str) -> Feed:
         """The sink of one hook point, the same one every time; raises ArgumentError for another dtype than it has."""
-        with self._lock:
+        with self.lock:
             self._check()
             if hook_point not in self._feeds:
                 if not 1 <= len(json.dumps(hook_point)) - 2 <= MOST_NAME:
@@ -149,15 +148,15 @@ class ActivationStore:
                 raise ArgumentError(f"dtype: of {hook_point!r} in {self.path}", expected=feed.dtype, got=self._dtype)
             return feed
 
-    def take(self, feed: Feed, observed: Observed) -> None:
-        """Take rows that the feed's ledger counts as formed; what is kept of them is pending then."""
-        with self._lock:
+    def take(self, feed: Feed, rows: Tensor, finite: bool, places: Callable[[Register], Tensor]) -> None:
+        """Take rows [N, D] that the feed's ledger counts as formed, with their places; what is kept is pending then."""
+        with self.lock:
             self._check()
-            n = len(observed.rows)
-            rows, good = feed.fit(observed.rows, finite=observed.batch is not None)
+            n = len(rows)
+            rows, good = feed.fit(rows, finite)
             if feed not in self._placed:
                 self._placed.append(feed)
-            where = self._register.places(observed)
+            where = places(self._register)
             where = where if good is None else where[good]
             if self.policy.p < 1:
                 picked = self.policy.picks(feed.ledger.rows.formed - n, n)
@@ -172,7 +171,7 @@ class ActivationStore:
             with self._folder.said():
                 if feed.draft is None:
                     feed.draft = self._draft("rows", self._placed.index(feed))
-                offered = feed.draft.offer(rows.cpu(), self._offers)
+                offered = feed.draft.offer(rows, self._offers)
         except StoreError:
             self._abandon()
             raise
@@ -201,7 +200,7 @@ class ActivationStore:
 
     def settle(self) -> None:
         """Commit where a shard is full: no forward is half handed over."""
-        with self._lock:
+        with self.lock:
             if self._full:
                 self.commit()
 
@@ -210,7 +209,7 @@ class ActivationStore:
 
         Raises StoreError naming path and errno; the last commit is then as it was, and what was pending is dropped.
         """
-        with self._lock:
+        with self.lock:
             self._check()
             points = tuple(feed.point() for feed in self._placed)
             if self._published and points == self._manifest.points and not any(f.pending for f in self._placed):
@@ -261,7 +260,7 @@ class ActivationStore:
 
     def close(self) -> None:
         """Commit, and let another writer in; the store then takes nothing more."""
-        with self._lock:
+        with self.lock:
             if not self._open:
                 return
             try:

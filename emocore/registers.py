@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +27,20 @@ class Register:
         sequence = None
         if observed.batch is not None:
             sequence = (self._number(observed) + observed.sequence) * self._world + self._rank
-        request = None
-        if observed.requests is not None:
-            ids = [self.requests.setdefault(str(r), len(self.requests)) for r in observed.requests]
-            request = torch.tensor(ids, dtype=torch.long)[observed.sequence]
+        request = None if observed.requests is None else self._requests(observed.requests)[observed.sequence]
         columns = {"sequence": sequence, "request": request, "position": observed.rank}
         return table(len(observed.rows), **columns, token=observed.tokens, label=observed.ids)
+
+    def given(self, n: int, requests: Sequence[str] | None, columns: Mapping[str, Tensor | None]) -> Tensor:
+        """Places [n, 5] of rows whose numbers are known; sequences that come later get others."""
+        sequence = columns["sequence"]
+        if sequence is not None and n:
+            self.sequences = max(self.sequences, int(sequence.max()) // self._world + 1)
+        return table(n, request=None if requests is None else self._requests(requests), **columns)
+
+    def _requests(self, names: Sequence[str]) -> Tensor:
+        ids = [self.requests.setdefault(str(name), len(self.requests)) for name in names]
+        return torch.tensor(ids, dtype=torch.long)
 
     def _number(self, observed: Observed) -> int:
         """That of a batch's first sequence, the same in every forward of it and at every hook point."""

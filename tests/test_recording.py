@@ -148,6 +148,25 @@ def test_rows_that_do_not_fit_the_dtype_are_counted(tmp_path: Path) -> None:
     assert (rows.formed, rows.accumulated, rows.overrange, rows.nonfinite) == (4, 2, 1, 1)
 
 
+def test_what_is_known_of_rows_from_elsewhere(tokenwise, tmp_path: Path) -> None:
+    """Numbers given are kept, and a capture after them begins behind them."""
+    model = tokenwise()
+    ids, mask = batch(2)
+    with ActivationStore(tmp_path) as kept:
+        numbers = torch.tensor([7, 7, 9])
+        kept.at("layers.0").update(
+            randn(3, 5), sequence=numbers, position=torch.tensor([0, 1, 0]), token=torch.tensor([5, 6, 7])
+        )
+        with pytest.raises(ShapeError, match=r"position: of rows; expected \[3\]"):
+            kept.at("layers.0").update(randn(3, 5), position=torch.zeros(2).long())
+        with capture(model, "layers.0", kept):
+            model(ids, mask)
+    places = activations(tmp_path)["layers.0"].places
+    assert places.sequence.tolist() == [7, 7, 9, 10, 10]
+    assert places.position.tolist() == [0, 1, 0, 0, 1]
+    assert places.token[:3].tolist() == [5, 6, 7]
+
+
 # --- commits
 
 
@@ -400,6 +419,8 @@ def test_sixteen_threads_and_sixty_four_requests(tmp_path: Path) -> None:
             worker.start()
         for worker in workers:
             worker.join()
+        counts = kept.ledger["a"].rows
+        assert counts.formed == counts.accumulated + counts.pending == 100_000
     view = activations(tmp_path)["a"]
     assert sorted(view.rows[:, 1].tolist()) == list(range(100_000))
     names = torch.tensor([int(name.split()[1]) for name in view.places.names])

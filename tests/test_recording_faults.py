@@ -18,8 +18,8 @@ from emocore.errors import StoreError
 
 KILLS = 40
 
-# One process imports everything once; for each line that it is sent it forks a writer, kills it after so many seconds,
-# and answers how many rows that one said were committed.
+# One process imports everything once; for each line that it is sent it forks a writer, kills it so many seconds after
+# so many commits, and answers how many rows that one said were committed.
 WRITERS = """
 import os, signal, sys, time, torch
 from emocore import ActivationStore
@@ -40,8 +40,10 @@ for line in sys.stdin:
     if not child:
         write(sys.argv[1], said)
     os.close(said)
-    last = os.read(heard, 8)
-    time.sleep(float(line))
+    commits, seconds = line.split()
+    for _ in range(int(commits) + 1):
+        last = os.read(heard, 8)
+    time.sleep(float(seconds))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     while more := os.read(heard, 8):
@@ -70,7 +72,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         assert writers.stdin is not None
         assert writers.stdout is not None
         for _ in range(KILLS):
-            print(rng.random() * 0.05, file=writers.stdin, flush=True)
+            print(rng.randrange(3), rng.random() * 0.03, file=writers.stdin, flush=True)
             known = max(known, int(writers.stdout.readline()))
             if not known:
                 continue
