@@ -77,7 +77,7 @@ def _figure(document: Mapping[str, Any], ratios: Sequence[Case], slowdowns: Sequ
     figure = Figure(figsize=(WIDTH, total))
     top = total - 0.8 * MARGIN
     for (cases, kind), height in zip(panels, heights, strict=True):
-        axes = figure.add_axes((0.27, (top - height) / total, 0.36, height / total))
+        axes = figure.add_axes((0.29, (top - height) / total, 0.34, height / total))
         _rows(axes, [case["case"] for case in cases], theme)
         kind(axes, cases, theme)
         top -= height + 1.8 * MARGIN
@@ -87,10 +87,11 @@ def _figure(document: Mapping[str, Any], ratios: Sequence[Case], slowdowns: Sequ
 
 def _caption(document: Mapping[str, Any]) -> str:
     here, threads = document["environment"], raced(document)[0]["threads"]
-    where = f"{here['device']}, {threads} thread{'s'[: threads - 1]}" if not here.get("cuda") else here["device"]
-    return (
-        f"{where}. Error: largest difference from float64. {document['date'][:10]}, torch {here['versions']['torch']}"
-    )
+    where = here["device"]
+    if not here.get("cuda"):
+        where += f", {threads} thread{'s'[: threads - 1]}, load of others {here['load']:.0f}"
+    when = f"{document['date'][:10]}, torch {here['versions']['torch']}"
+    return f"{where}. Error: largest difference from float64, relative to the largest value. {when}"
 
 
 def _rows(axes: Axes, names: Sequence[str], theme: Theme) -> None:
@@ -162,7 +163,7 @@ def _slowdowns(axes: Axes, cases: Sequence[Case], theme: Theme) -> None:
         _dot(axes, ours["slower_than_baseline"] * 100, y, theme.ours, True, theme)
         says = f"{ours['slower_than_baseline']:+.1%} emocore {_short(ours)}"
         if others:
-            best = min(others, key=lambda one: one["seconds"])
+            best = min(others, key=lambda one: one["slower_than_baseline"])
             says += f"; {best['slower_than_baseline']:+.1%} {best['impl'].split(',')[0]} {_short(best)}"
         axes.text(SAYS_AT, y, says, transform=axes.get_yaxis_transform(), va="center", color=theme.text)
 
