@@ -36,7 +36,11 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "project_operands_cpu.h"
+#include "project_tiles_cpu.h"
+#include "project_few_cpu.h"
 #include "project_cpu.h"
+#include "pool_scores_cpu.h"
 #include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
@@ -65,7 +69,7 @@ static bool usable() {
 }
 
 const Kernels amx_bf16_kernels = {
-    "amx_bf16", usable, usable, stage, label_sums, gram_bfloat16, project,
+    "amx_bf16", usable, usable, stage, label_sums, gram_bfloat16, project, pool_scores,
     steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore

@@ -26,7 +26,11 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "project_operands_cpu.h"
+#include "project_tiles_cpu.h"
+#include "project_few_cpu.h"
 #include "project_cpu.h"
+#include "pool_scores_cpu.h"
 #include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
@@ -46,7 +50,7 @@ static bool usable() {
 }
 
 const Kernels avx2_kernels = {
-    "avx2", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit};
+    "avx2", usable, usable, stage, label_sums, gram, project, pool_scores, steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore
 #endif

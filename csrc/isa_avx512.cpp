@@ -34,7 +34,11 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "project_operands_cpu.h"
+#include "project_tiles_cpu.h"
+#include "project_few_cpu.h"
 #include "project_cpu.h"
+#include "pool_scores_cpu.h"
 #include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
@@ -56,7 +60,7 @@ bool has_avx512() {
 }
 
 const Kernels avx512_kernels = {
-    "avx512", has_avx512, has_avx512, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit};
+    "avx512", has_avx512, has_avx512, stage, label_sums, gram, project, pool_scores, steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore
 #endif

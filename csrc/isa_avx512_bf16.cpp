@@ -34,7 +34,11 @@
 
 #include "gram_cpu.h"
 #include "label_sums_cpu.h"
+#include "project_operands_cpu.h"
+#include "project_tiles_cpu.h"
+#include "project_few_cpu.h"
 #include "project_cpu.h"
+#include "pool_scores_cpu.h"
 #include "row_scores_cpu.h"
 #include "stage_cpu.h"
 #include "steer_cpu.h"
@@ -56,7 +60,7 @@ static bool usable() { return has_avx512() && __builtin_cpu_supports("avx512bf16
 static bool worthwhile() { return usable() && !__builtin_cpu_is("intel"); }
 
 const Kernels avx512_bf16_kernels = {
-    "avx512_bf16", usable, worthwhile, stage, label_sums, gram_bfloat16, project,
+    "avx512_bf16", usable, worthwhile, stage, label_sums, gram_bfloat16, project, pool_scores,
     steer_add, steer_slots, steer_edit};
 
 }  // namespace emocore

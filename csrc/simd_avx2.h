@@ -59,6 +59,7 @@ inline __m256d load<double>(const Float16* x) {
 
 inline void store(double* out, __m256d x) { _mm256_storeu_pd(out, x); }
 inline void store(float* out, __m256 x) { _mm256_storeu_ps(out, x); }
+inline void store(float* out, __m256d x) { _mm_storeu_ps(out, _mm256_cvtpd_ps(x)); }
 
 // Round to nearest even; a NaN stays one.
 inline void store(BFloat16* out, __m256 x) {
@@ -98,6 +99,37 @@ inline float total(__m256 x) {
 inline double total(__m256d x) {
     const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
     return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+}
+
+// Rows become columns.
+inline void transpose(__m256 (&x)[8]) {
+    __m256d pairs[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1]));
+        pairs[i + 1] = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1]));
+    }
+    __m256 fours[8];
+    for (int i = 0; i < 8; i += 4) {
+        fours[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(pairs[i], pairs[i + 2]));
+        fours[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(pairs[i], pairs[i + 2]));
+        fours[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(pairs[i + 1], pairs[i + 3]));
+        fours[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(pairs[i + 1], pairs[i + 3]));
+    }
+    for (int i = 0; i < 4; ++i) {
+        x[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+        x[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+    }
+}
+inline void transpose(__m256d (&x)[4]) {
+    __m256d pairs[4];
+    for (int i = 0; i < 4; i += 2) {
+        pairs[i] = _mm256_unpacklo_pd(x[i], x[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_pd(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        x[i] = _mm256_permute2f128_pd(pairs[i], pairs[2 + i], 0x20);
+        x[2 + i] = _mm256_permute2f128_pd(pairs[i], pairs[2 + i], 0x31);
+    }
 }
 
 }  // namespace

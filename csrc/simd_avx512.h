@@ -59,6 +59,7 @@ inline __m512d load<double>(const Float16* x) {
 
 inline void store(double* out, __m512d x) { _mm512_storeu_pd(out, x); }
 inline void store(float* out, __m512 x) { _mm512_storeu_ps(out, x); }
+inline void store(float* out, __m512d x) { _mm256_storeu_ps(out, _mm512_cvtpd_ps(x)); }
 
 // The upper halves hold x as bfloat16, rounded to nearest even; not for NaNs.
 inline __m512i rounded(__m512 x) {
@@ -106,6 +107,41 @@ inline float total(__m512 x) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Four vectors of four quarters each, as a matrix of quarters: x[i] holds quarter i of every vector.
+inline void turn_quarters(__m512& a, __m512& b, __m512& c, __m512& d) {
+    const __m512 ab_even = _mm512_shuffle_f32x4(a, b, 0x88), ab_odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+    const __m512 cd_even = _mm512_shuffle_f32x4(c, d, 0x88), cd_odd = _mm512_shuffle_f32x4(c, d, 0xdd);
+    a = _mm512_shuffle_f32x4(ab_even, cd_even, 0x88);
+    b = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
+    c = _mm512_shuffle_f32x4(ab_even, cd_even, 0xdd);
+    d = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
+}
+
+// Rows become columns.
+inline void transpose(__m512 (&x)[16]) {
+    __m512d pairs[16];
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1]));
+        pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
+    }
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i], pairs[i + 2]));
+        x[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i], pairs[i + 2]));
+        x[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i + 1], pairs[i + 3]));
+        x[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i + 1], pairs[i + 3]));
+    }
+    for (int i = 0; i < 4; ++i) turn_quarters(x[i], x[4 + i], x[8 + i], x[12 + i]);
+}
+inline void transpose(__m512d (&x)[8]) {
+    __m512 pairs[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(x[i], x[i + 1]));
+        pairs[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x[i], x[i + 1]));
+    }
+    for (int i = 0; i < 2; ++i) turn_quarters(pairs[i], pairs[2 + i], pairs[4 + i], pairs[6 + i]);
+    for (int i = 0; i < 8; ++i) x[i] = _mm512_castps_pd(pairs[i]);
 }
 
 }  // namespace

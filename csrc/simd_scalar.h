@@ -42,6 +42,7 @@ inline A load(const T* x) {
 
 inline void store(double* out, double x) { *out = x; }
 inline void store(float* out, float x) { *out = x; }
+inline void store(float* out, double x) { *out = static_cast<float>(x); }
 
 // Round to nearest even; a NaN stays one.
 inline void store(BFloat16* out, float x) {
@@ -86,6 +87,10 @@ inline double fma(double a, double b, double c) {
 
 inline float total(float x) { return x; }
 inline double total(double x) { return x; }
+
+// Rows become columns.
+template <class A>
+void transpose(A (&)[1]) {}
 
 }  // namespace
 }  // namespace emocore
