@@ -186,7 +186,7 @@ def _has_kernels(device: torch.device) -> bool:
 def implementations() -> dict[str, dict[str, str]]:
     """What runs where: {op: {"cpu": ..., "cuda": ...}}, each "native (<instruction set>)", "triton" or "reference".
 
-    >>> implementations()["pool_scores"]["cpu"]
+    >>> implementations()["track"]["cpu"]
     'reference'
     """
     table = {}
