@@ -34,18 +34,8 @@
 #include "lanes_avx512.h"
 #include "panel_cpu.h"
 
-#include "gram_cpu.h"
-#include "label_sums_cpu.h"
-#include "peak_cpu.h"
-#include "project_operands_cpu.h"
-#include "project_tiles_cpu.h"
-#include "project_few_cpu.h"
-#include "project_cpu.h"
-#include "row_scores_cpu.h"
-#include "stage_cpu.h"
-#include "steer_cpu.h"
-#include "steer_slots_cpu.h"
-#include "steer_sets_cpu.h"
+#include "kernels_cpu.h"
+
 #include "parts_avx512.h"
 #include "tiles_amx.h"
 
@@ -68,9 +58,7 @@ static bool usable() {
     return has_avx512() && has_amx_bf16() && tiles_granted();
 }
 
-const Kernels amx_bf16_kernels = {
-    "amx_bf16", usable, usable, stage, label_sums, gram_bfloat16, project,
-    steer_add, steer_slots, steer_edit, peak_of_tiles};
+const Kernels amx_bf16_kernels = with(table("amx_bf16", usable, usable), gram_bfloat16, peak_of_tiles);
 
 }  // namespace emocore
 #endif

@@ -24,18 +24,7 @@
 #include "lanes_cpu.h"
 #include "panel_cpu.h"
 
-#include "gram_cpu.h"
-#include "label_sums_cpu.h"
-#include "peak_cpu.h"
-#include "project_operands_cpu.h"
-#include "project_tiles_cpu.h"
-#include "project_few_cpu.h"
-#include "project_cpu.h"
-#include "row_scores_cpu.h"
-#include "stage_cpu.h"
-#include "steer_cpu.h"
-#include "steer_slots_cpu.h"
-#include "steer_sets_cpu.h"
+#include "kernels_cpu.h"
 
 #ifdef __clang__
 #pragma clang attribute pop
@@ -49,8 +38,7 @@ static bool usable() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
-const Kernels avx2_kernels = {
-    "avx2", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit, peak};
+const Kernels avx2_kernels = table("avx2", usable, usable);
 
 }  // namespace emocore
 #endif

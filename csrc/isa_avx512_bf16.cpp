@@ -32,18 +32,8 @@
 #include "lanes_avx512.h"
 #include "panel_cpu.h"
 
-#include "gram_cpu.h"
-#include "label_sums_cpu.h"
-#include "peak_cpu.h"
-#include "project_operands_cpu.h"
-#include "project_tiles_cpu.h"
-#include "project_few_cpu.h"
-#include "project_cpu.h"
-#include "row_scores_cpu.h"
-#include "stage_cpu.h"
-#include "steer_cpu.h"
-#include "steer_slots_cpu.h"
-#include "steer_sets_cpu.h"
+#include "kernels_cpu.h"
+
 #include "parts_avx512.h"
 #include "pairs_avx512.h"
 
@@ -60,9 +50,7 @@ static bool usable() { return has_avx512() && __builtin_cpu_supports("avx512bf16
 // Intel's cores take a pair's product every other cycle, and a float32 one twice a cycle.
 static bool worthwhile() { return usable() && !__builtin_cpu_is("intel"); }
 
-const Kernels avx512_bf16_kernels = {
-    "avx512_bf16", usable, worthwhile, stage, label_sums, gram_bfloat16, project,
-    steer_add, steer_slots, steer_edit, peak_of_pairs};
+const Kernels avx512_bf16_kernels = with(table("avx512_bf16", usable, worthwhile), gram_bfloat16, peak_of_pairs);
 
 }  // namespace emocore
 #endif

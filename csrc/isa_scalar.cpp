@@ -12,24 +12,12 @@
 #include "lanes_cpu.h"
 #include "panel_cpu.h"
 
-#include "gram_cpu.h"
-#include "label_sums_cpu.h"
-#include "peak_cpu.h"
-#include "project_operands_cpu.h"
-#include "project_tiles_cpu.h"
-#include "project_few_cpu.h"
-#include "project_cpu.h"
-#include "row_scores_cpu.h"
-#include "stage_cpu.h"
-#include "steer_cpu.h"
-#include "steer_slots_cpu.h"
-#include "steer_sets_cpu.h"
+#include "kernels_cpu.h"
 
 namespace emocore {
 
 static bool usable() { return true; }
 
-const Kernels scalar_kernels = {
-    "scalar", usable, usable, stage, label_sums, gram, project, steer_add, steer_slots, steer_edit, peak};
+const Kernels scalar_kernels = table("scalar", usable, usable);
 
 }  // namespace emocore

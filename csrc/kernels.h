@@ -39,13 +39,22 @@ struct Gram {
 
 struct Project {
     Rows rows;             // [N, D]
-    Rows readers;          // [parts * K, D] float32 or float64, the parts of a reader K rows apart
+    Rows readers;          // [parts * K, D] float32, float64 or as the rows, the parts of a reader K rows apart
     int64_t parts;         // that add up to the readers
     const double* centre;  // [D], or null: zero
     const double* offset;  // [K], or null: zero
-    const double* scale;   // [K], or null: one
     bool normalise;
-    Rows out;  // [N, K] float32 or float64
+    const double* mean;  // [K], or null: zero
+    const double* std;   // [K], or null: one
+    Rows out;            // [N, K] float32 or float64
+    int threads;
+};
+
+struct PoolScores {
+    Rows scores;            // [N, K] float32 or float64
+    const int64_t* starts;  // [B + 1], in [0, N]
+    Rows largest;           // [B, K] float32
+    Rows mean;              // [B, K] float32
     int threads;
 };
 
@@ -99,6 +108,7 @@ struct Kernels {
     void (*label_sums)(const LabelSums&);
     void (*gram)(const Gram&);
     void (*project)(const Project&);
+    void (*pool_scores)(const PoolScores&);
     void (*steer_add)(const SteerAdd&);
     void (*steer_slots)(const SteerSlots&);
     void (*steer_edit)(const SteerEdit&);

@@ -174,22 +174,48 @@ void gram(const py::object& rows, const py::object& weights, const py::object& s
 }
 
 void project(const py::object& rows, const py::object& readers, const py::object& centre, bool normalise,
-             const py::object& out, int threads) {
+             const py::object& out, int threads, int64_t parts, const py::object& offset, const py::object& mean,
+             const py::object& std) {
     Project job{};
     job.rows = activations(array("project: rows", rows));
     const int64_t N = job.rows.rows, D = job.rows.cols;
     const Array vectors = array("project: readers", readers);
-    const int64_t K = vectors.view.rows;
+    if (parts < 1 || vectors.view.rows % parts)
+        throw std::invalid_argument("project: parts must divide the readers, got " + std::to_string(parts) + " of " +
+                                    std::to_string(vectors.view.rows));
+    const int64_t K = vectors.view.rows / parts;
     if (K == 0) throw std::invalid_argument("project: readers must have K >= 1 rows, got 0");
-    job.readers = expect(vectors, {DType::float32, DType::float64}, K, D);
-    job.parts = 1;
+    job.parts = parts;
+    const bool narrow = element_size(job.rows.dtype) == 2 && vectors.view.dtype == job.rows.dtype;
+    job.readers = expect(vectors, {DType::float32, DType::float64, narrow ? job.rows.dtype : DType::float64},
+                         parts * K, D);
     job.centre = vector_or_null<double>("project: centre", centre, DType::float64, D);
+    job.offset = vector_or_null<double>("project: offset", offset, DType::float64, K);
     job.normalise = normalise;
+    job.mean = vector_or_null<double>("project: mean", mean, DType::float64, K);
+    job.std = vector_or_null<double>("project: std", std, DType::float64, K);
     job.out = expect_out(array("project: out", out), {DType::float32, DType::float64}, N, K);
     job.threads = checked("project", threads);
 
     py::gil_scoped_release release;
     kernels().project(job);
+}
+
+void pool_scores(const py::object& scores, const py::object& starts, const py::object& largest,
+                 const py::object& mean, int threads) {
+    PoolScores job{};
+    const Array given = array("pool_scores: scores", scores), edges = array("pool_scores: starts", starts);
+    const int64_t N = given.view.rows, K = given.view.cols, B = edges.view.cols - 1;
+    if (B < 0) throw std::invalid_argument("pool_scores: starts must have an end, got none");
+    job.scores = expect(given, {DType::float32, DType::float64}, N, K);
+    job.starts = elements<const int64_t>(expect(edges, {DType::int64}, 1, B + 1));
+    job.largest = expect_out(array("pool_scores: largest", largest), {DType::float32}, B, K);
+    job.mean = expect_out(array("pool_scores: mean", mean), {DType::float32}, B, K);
+    job.threads = checked("pool_scores", threads);
+
+    py::gil_scoped_release release;
+    expect_between("pool_scores: starts", job.starts, B + 1, 0, N + 1);
+    kernels().pool_scores(job);
 }
 
 void steer_add(const py::object& rows, const py::object& delta, const py::object& out, int threads) {
@@ -533,7 +559,9 @@ PYBIND11_MODULE(_C, m) {
           arg("squares"), arg("threads"));
     m.def("gram", gram, arg("rows"), arg("weights"), arg("shift"), arg("tiles"), arg("threads"));
     m.def("project", project, arg("rows"), arg("readers"), arg("centre"), arg("normalise"), arg("out"),
-          arg("threads"));
+          arg("threads"), arg("parts") = 1, arg("offset") = py::none(), arg("mean") = py::none(),
+          arg("std") = py::none());
+    m.def("pool_scores", pool_scores, arg("scores"), arg("starts"), arg("largest"), arg("mean"), arg("threads"));
     m.def("steer_add", steer_add, arg("rows"), arg("delta"), arg("out"), arg("threads"));
     m.def("steer_slots", steer_slots, arg("rows"), arg("slots"), arg("readers"), arg("levels"), arg("out"),
           arg("threads"));

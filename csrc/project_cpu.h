@@ -7,10 +7,43 @@ namespace {
 // Rows that share one read of the readers, and those of many that go past a few at a time.
 constexpr int64_t BAND_ROWS = 24, STREAM_ROWS = 16;
 
-// out[r, k] = ((x_r - c) . v_k + offset_k) / scale_k, over |x_r - c| when normalise.
-// rows: [N, D], readers: [K, D] in parts, centre: [D], offset, scale: [K], out: [N, K].  A sums LANES partial sums
-// along chains of CHAIN columns, then the chains: in the same order whatever rows and readers stand beside, and
-// whichever way they are multiplied.
+// What is made of score k, or of a vector of them.
+template <class Value>
+inline Value finished(const Project& job, Value score, int64_t k, Value norm) {
+    const auto read = [&](const double* x) -> Value {
+        if constexpr (std::is_same_v<Value, double>)
+            return x[k];
+        else
+            return load<double>(x + k);
+    };
+    if (job.offset) score = score + read(job.offset);
+    if (job.normalise) score = score / norm;
+    if (job.mean) score = score - read(job.mean);
+    if (job.std) score = score / read(job.std);
+    return score;
+}
+
+// Scores k to k + count of a row, one rounding; those of a zero row are zeros already.    scores: `step` apart.
+template <class A, class O>
+[[gnu::noinline]] void write_scores(const Project& job, int64_t k, int64_t count, const A* scores, int64_t step,
+                                    double norm, O* out) {
+    constexpr int64_t W = LANES<double>;
+    const bool plain = !job.offset && !job.normalise && !job.mean && !job.std;
+    if (std::is_same_v<A, O> && step == 1 && plain) {
+        std::memcpy(out, scores, count * sizeof(A));
+        return;
+    }
+    int64_t i = 0;
+    for (; step == 1 && i + W <= count; i += W)
+        store(out + i, finished(job, load<double>(scores + i), k + i, broadcast(norm)));
+    for (; i < count; ++i)
+        out[i] = static_cast<O>(finished<double>(job, static_cast<double>(scores[i * step]), k + i, norm));
+}
+
+// out[r, k] = ((x_r - c) . v_k + offset_k - mean_k) / std_k, the first two over |x_r - c| when normalise.
+// rows: [N, D], readers: [K, D] in parts, centre: [D], offset, mean, std: [K], out: [N, K].  A sums LANES partial
+// sums along chains of CHAIN columns, then the chains: in the same order whatever rows and readers stand beside,
+// and whichever way they are multiplied.
 template <class A, class T, class R>
 class ProjectRun {
   public:
@@ -131,33 +164,9 @@ class ProjectRun {
     void finish(int64_t r, int64_t k, int64_t count, const A* scores, int64_t step, double squares) const {
         const double norm = job_.normalise && squares > 0 ? std::sqrt(squares) : 1.0;
         if (job_.out.dtype == DType::float64)
-            write_scores(k, count, scores, step, norm, row_of<double>(job_.out, r) + k);
+            write_scores(job_, k, count, scores, step, norm, row_of<double>(job_.out, r) + k);
         else
-            write_scores(k, count, scores, step, norm, row_of<float>(job_.out, r) + k);
-    }
-
-    // One rounding; the scores of a zero row are zeros already.    scores: [count], `step` apart.
-    template <class O>
-    void write_scores(int64_t k, int64_t count, const A* scores, int64_t step, double norm, O* out) const {
-        constexpr int64_t W = LANES<double>;
-        const double *offset = job_.offset ? job_.offset + k : nullptr, *scale = job_.scale ? job_.scale + k : nullptr;
-        if (std::is_same_v<A, O> && step == 1 && !offset && !scale && !job_.normalise) {
-            std::memcpy(out, scores, count * sizeof(A));
-            return;
-        }
-        int64_t i = 0;
-        for (; step == 1 && i + W <= count; i += W) {
-            Vector<double> score = load<double>(scores + i);
-            if (offset) score = score + load<double>(offset + i);
-            if (scale) score = score / load<double>(scale + i);
-            store(out + i, score / broadcast(norm));
-        }
-        for (; i < count; ++i) {
-            double score = scores[i * step];
-            if (offset) score += offset[i];
-            if (scale) score /= scale[i];
-            out[i] = static_cast<O>(score / norm);
-        }
+            write_scores(job_, k, count, scores, step, norm, row_of<float>(job_.out, r) + k);
     }
 
     const Project& job_;
@@ -175,8 +184,10 @@ void project(const Project& job) {
         using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
         if (job.readers.dtype == DType::float64)
             ProjectRun<double, T, double>(job).run();
-        else
+        else if (job.readers.dtype == DType::float32)
             ProjectRun<A, T, float>(job).run();
+        else if constexpr (sizeof(T) == 2)
+            ProjectRun<float, T, T>(job).run();
     });
 }
 

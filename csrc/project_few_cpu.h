@@ -32,7 +32,7 @@ void dot_chain(const Source& many, int64_t row, const void* ahead, int64_t d, in
 // scores[m, f] = many[first + m] . few[f], m < count.    few: [FEW, stride], scores: [count, FEW].
 // Row by row where the few stay near; else by chains, whose columns of the few do.
 template <class A, int64_t FEW, class Source>
-void dot_rows(const Source& many, int64_t first, int64_t count, int64_t D, const A* few, int64_t stride, A* scores) {
+[[gnu::noinline]] void dot_rows(const Source& many, int64_t first, int64_t count, int64_t D, const A* few, int64_t stride, A* scores) {
     const bool near = FEW * D * static_cast<int64_t>(sizeof(A)) <= NEAR_BYTES;
     const int64_t height = near ? 1 : count;
     std::memset(scores, 0, count * FEW * sizeof(A));

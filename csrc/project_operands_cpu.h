@@ -48,7 +48,7 @@ struct CentredRows {
 
 // Row r of a source in A, then zeros to a whole vector.    y: [D to a whole vector].
 template <class A, class Source>
-void copy_columns(const Source& source, int64_t r, int64_t d, int64_t depth, A* y) {
+[[gnu::noinline]] void copy_columns(const Source& source, int64_t r, int64_t d, int64_t depth, A* y) {
     constexpr int64_t L = LANES<A>;
     int64_t i = 0;
     for (; i + L <= depth; i += L) {

@@ -22,7 +22,7 @@ constexpr int64_t lane_in_turn(int64_t i) {
 // of their vector, then those of the other lanes in turn; zero past K, and past D to a whole vector.
 // lines: [depth to a whole vector, LANES].
 template <class A, class R>
-void pack_readers(const Readers<A, R>& readers, int64_t k, int64_t d, int64_t depth, A* lines) {
+[[gnu::noinline]] void pack_readers(const Readers<A, R>& readers, int64_t k, int64_t d, int64_t depth, A* lines) {
     constexpr int64_t L = LANES<A>;
     const int64_t count = ceil_div(depth, L), known = least(L, readers.K - k);
     for (int64_t t = 0; t < count; ++t) {
@@ -85,7 +85,7 @@ struct Tiles {
 
     // HEIGHT rows from a on, WIDTH lines from l on: the sums of lane after lane meet as they do in total().
     template <int64_t HEIGHT, int64_t WIDTH>
-    void multiply_tile(int64_t a, int64_t l) const {
+    [[gnu::noinline]] void multiply_tile(int64_t a, int64_t l) const {
         Vector<A> waiting[LEVELS][HEIGHT][WIDTH];  // of 1, 2, 4, ... lanes, until there are as many others
         int64_t level = 0;
         for (int64_t lane = 0; lane < L; ++lane) {

@@ -64,8 +64,19 @@ def project(
     normalise: bool,
     out: Reals,
     threads: int,
+    parts: int = 1,
+    offset: Float64s | None = None,
+    mean: Float64s | None = None,
+    std: Float64s | None = None,
 ) -> None:
-    """out[r, k] = (x_r - centre) . v_k, divided by |x_r - centre| when normalise; a zero row gives 0."""
+    """out[r, k] = ((x_r - centre) . v_k + offset_k - mean_k) / std_k, readers [parts * K, D] added up part by part.
+
+    With normalise the first two are divided by |x_r - centre|; a zero row is not. Readers are float32, float64, or of
+    the same 16 bits as the rows.
+    """
+
+def pool_scores(scores: Reals, starts: NDArray[np.int64] | Memory, largest: Reals, mean: Reals, threads: int) -> None:
+    """Largest and mean of the rows starts[b] to starts[b + 1] - 1; NaN where there are none, and where the mean is."""
 
 def steer_add(rows: Activations, delta: Reals, out: Activations, threads: int) -> None:
     """out = x + delta, rounded once; out may be rows."""

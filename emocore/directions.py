@@ -153,6 +153,7 @@ class Directions:
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ShapeError("x", expected=f"rows [..., {self.dim}]", got=list(x.shape))
         rows = x.reshape(-1, self.dim)
+        scale = [t.to(x.device) for t in self._moments(tokens)] if kind == "z" else []
         scores: Tensor
         prepared = torch.float64 not in (x.dtype, self.readers.dtype) and ops.has_kernel("project_packed", x.device)
         if prepared:
@@ -161,11 +162,15 @@ class Directions:
             scores = ops.project(rows, self.unit.to(x.device, self.readers.dtype), None, True)
         else:
             centre = None if kind == "raw" else self.centre.to(x.device)
-            scores = ops.project(rows, self.readers.to(x.device), centre, False)
-        if kind == "z":
-            c = self.scale(tokens)
-            scores = (scores - c.mean.to(scores)) / c.std.to(scores)
+            scores = ops.project(rows, self.readers.to(x.device), centre, False, *scale)
+        if prepared and kind == "z":
+            mean, std = scale
+            scores = (scores - mean.to(scores)) / std.to(scores)
         return scores.reshape(*x.shape[:-1], len(self))
+
+    def _moments(self, tokens: Tokens | None) -> tuple[Tensor, Tensor]:
+        calibration = self.scale(tokens)
+        return calibration.mean, calibration.std
 
     @cached_property
     def _packs(self) -> dict[Any, packing.Packed]:

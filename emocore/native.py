@@ -113,19 +113,73 @@ def gram(rows: Tensor, weights: Tensor | None, shift: Tensor, tiles: Tensor) -> 
     )
 
 
-def project(rows: Tensor, readers: Tensor, centre: Tensor | None, normalise: bool) -> Tensor:
+def project(
+    rows: Tensor,
+    readers: Tensor,
+    centre: Tensor | None,
+    normalise: bool,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
     rows, readers = _rows(rows), readers.contiguous()
     out = rows.new_empty(len(rows), len(readers), dtype=reference.score_dtype(rows, readers))
-    c = None if centre is None else centre.to(torch.float64).contiguous()
+    given = [_wide(t) for t in (centre, mean, std)]  # kept while their addresses are in use
+    c, m, s = (None if t is None else _view(t) for t in given)
+    extension().project(_view(rows), _view(readers), c, normalise, _view(out), torch.get_num_threads(), 1, None, m, s)
+    return out
+
+
+def project_packed(rows: Tensor, packed: Tensor, offset: Tensor, normalise: bool) -> Tensor:
+    rows = _rows(rows)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    out = rows.new_empty(len(rows), packed.shape[1], dtype=wide)
+    _project_packed(rows, packed, offset, normalise, out)
+    return out
+
+
+def _project_packed(rows: Tensor, packed: Tensor, offset: Tensor, normalise: bool, out: Tensor) -> None:
+    readers = packed.contiguous().view(-1, packed.shape[2])
+    if readers.dtype not in (rows.dtype, torch.float32, torch.float64):
+        readers = readers.float()
+    added = offset.to(torch.float64).contiguous()
     extension().project(
         _view(rows),
         _view(readers),
-        None if c is None else _view(c),
+        None,
         normalise,
         _view(out),
         torch.get_num_threads(),
+        len(packed),
+        _view(added),
     )
-    return out
+
+
+def project_rows(rows: Tensor, packed: Tensor, offset: Tensor, count: Tensor | None, out: Tensor) -> None:
+    n = rows.shape[1] if count is None else min(int(count), rows.shape[1])
+    if out.stride(-1) != 1 or out.dtype not in (torch.float32, torch.float64):
+        reference_steering.project_rows_ref(rows, packed, offset, count, out)
+        return
+    for some, readers, added, scores in zip(rows, packed, offset, out, strict=True):
+        _project_packed(_rows(some[:n]), readers, added, False, scores[:n])
+
+
+def project_steer(x: Tensor, packed: Tensor, offset: Tensor, slots: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+    return project_packed(x, packed, offset, False), steer_rows(x, slots, deltas)
+
+
+def project_steer_(x: Tensor, packed: Tensor, offset: Tensor, slots: Tensor, deltas: Tensor) -> Tensor:
+    scores = project_packed(x, packed, offset, False)
+    steer_rows_(x, slots, deltas)
+    return scores
+
+
+def pool_scores(scores: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    if scores.dtype not in (torch.float32, torch.float64):
+        return reference_steering.pool_scores_ref(scores, starts)
+    given, edges = _rows(scores), starts.to(torch.int64).contiguous()
+    largest, mean = (given.new_empty(len(starts) - 1, scores.shape[1], dtype=torch.float32) for _ in range(2))
+    extension().pool_scores(_view(given), _view(edges), _view(largest), _view(mean), torch.get_num_threads())
+    return largest, mean
 
 
 def steer_add(x: Tensor, delta: Tensor) -> Tensor:
@@ -218,6 +272,10 @@ def _edit(
 def _slots(x: Tensor, slots: Tensor) -> Tensor:
     reference_steering.rows_per_slot(len(x), slots)
     return slots.to(torch.int32).contiguous()
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(torch.float64).contiguous()
 
 
 def _table(x: Tensor, t: Tensor) -> Tensor:

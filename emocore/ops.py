@@ -26,7 +26,9 @@ SCHEMAS = {
         "(Tensor rows, Tensor? labels, Tensor? weights, Tensor shift, Tensor(a!) sums, Tensor(b!)? squares) -> ()"
     ),
     "gram": "(Tensor rows, Tensor? weights, Tensor shift, Tensor(a!) tiles) -> ()",
-    "project": "(Tensor rows, Tensor readers, Tensor? centre, bool normalise) -> Tensor",
+    "project": (
+        "(Tensor rows, Tensor readers, Tensor? centre, bool normalise, Tensor? mean=None, Tensor? std=None) -> Tensor"
+    ),
     "project_packed": "(Tensor rows, Tensor packed, Tensor offset, bool normalise) -> Tensor",
     "project_rows": "(Tensor rows, Tensor packed, Tensor offset, Tensor? count, Tensor(a!) out) -> ()",
     "project_steer": "(Tensor x, Tensor packed, Tensor offset, Tensor slots, Tensor deltas) -> (Tensor, Tensor)",
@@ -86,6 +88,11 @@ NATIVE_CPU: dict[str, Callable[..., Any]] = {
     "label_sums": native.label_sums,
     "gram": native.gram,
     "project": native.project,
+    "project_packed": native.project_packed,
+    "project_rows": native.project_rows,
+    "project_steer": native.project_steer,
+    "project_steer_": native.project_steer_,
+    "pool_scores": native.pool_scores,
     "steer_add": native.steer_add,
     "steer_add_": native.steer_add_,
     "steer_set": native.steer_set,
@@ -179,7 +186,7 @@ def _has_kernels(device: torch.device) -> bool:
 def implementations() -> dict[str, dict[str, str]]:
     """What runs where: {op: {"cpu": ..., "cuda": ...}}, each "native (<instruction set>)", "triton" or "reference".
 
-    >>> implementations()["pool_scores"]["cpu"]
+    >>> implementations()["track"]["cpu"]
     'reference'
     """
     table = {}
@@ -265,7 +272,7 @@ for _op, _schema in SCHEMAS.items():
     _library.impl(_op, _cuda(_op), "CUDA")
 
 
-def _fake_project(rows: Tensor, readers: Tensor, centre: Tensor | None, normalise: bool) -> Tensor:
+def _fake_project(rows: Tensor, readers: Tensor, *args: Any) -> Tensor:
     return rows.new_empty(rows.shape[0], readers.shape[0], dtype=reference.score_dtype(rows, readers))
 
 
@@ -322,18 +329,23 @@ for _op, _fake in {
 
 
 def _keep_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, readers, _, normalise = inputs
+    rows, readers, _, normalise, _, std = inputs
     if normalise and rows.requires_grad:
         raise ArgumentError(
             "normalise: cosine scores have no gradient here", way_out="Score raw or centered, and divide in torch."
         )
-    ctx.save_for_backward(readers)
+    ctx.save_for_backward(readers, std)
     ctx.dtype = rows.dtype
 
 
 def _project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (readers,) = ctx.saved_tensors
-    return (grad @ readers.to(grad.dtype)).to(ctx.dtype), None, None, None
+    readers, std = ctx.saved_tensors
+    grad = grad if std is None else grad / std.to(grad.dtype)
+    return (grad @ readers.to(grad.dtype)).to(ctx.dtype), None, None, None, None, None
+
+
+def _project_packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _project_backward(ctx, grad)[:4]
 
 
 def _steer_add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -352,7 +364,7 @@ def _steer_set_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _keep_project_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, packed, offset, normalise = inputs
-    _keep_project(ctx, (rows, packed.to(offset.dtype).sum(0), None, normalise), output)
+    _keep_project(ctx, (rows, packed.to(offset.dtype).sum(0), None, normalise, None, None), output)
 
 
 def _keep_project_steer(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -386,7 +398,7 @@ def _steer_when_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 for _op, _backward, _keep in (
     ("project", _project_backward, _keep_project),
-    ("project_packed", _project_backward, _keep_project_packed),
+    ("project_packed", _project_packed_backward, _keep_project_packed),
     ("project_steer", _project_steer_backward, _keep_project_steer),
     ("steer_add", _steer_add_backward, None),
     ("steer_set", _steer_set_backward, _keep_steer_set),

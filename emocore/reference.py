@@ -50,8 +50,15 @@ def gram_ref(rows: Tensor, weights: Tensor | None, shift: Tensor, tiles: Tensor)
     tiles += pack_tiles(y.T @ y)
 
 
-def project_ref(rows: Tensor, readers: Tensor, centre: Tensor | None, normalise: bool) -> Tensor:
-    """(x - c) . v_k [N, K], divided by |x - c| when `normalise`; a zero row scores 0."""
+def project_ref(
+    rows: Tensor,
+    readers: Tensor,
+    centre: Tensor | None,
+    normalise: bool,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    """(x - c) . v_k [N, K], over |x - c| when `normalise` (a zero row scores 0), less mean [K], over std [K]."""
     y = rows.double()
     if centre is not None:
         y = y - centre
@@ -59,6 +66,10 @@ def project_ref(rows: Tensor, readers: Tensor, centre: Tensor | None, normalise:
     if normalise:
         norms = y.norm(dim=1, keepdim=True)
         scores = torch.where(norms > 0, scores / norms.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    if mean is not None:
+        scores = scores - mean
+    if std is not None:
+        scores = scores / std
     return scores.to(score_dtype(rows, readers))
 
 

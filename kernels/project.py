@@ -209,10 +209,21 @@ def _scores(
 # --- the ops
 
 
-def project(rows: Tensor, readers: Tensor, centre: Tensor | None, normalise: bool) -> Tensor:
-    """(x - c) . v_k [N, K], over |x - c| when `normalise`; float64 by the reference."""
+def project(
+    rows: Tensor,
+    readers: Tensor,
+    centre: Tensor | None,
+    normalise: bool,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    """(x - c) . v_k [N, K], over |x - c| when `normalise`, less mean, over std; float64 by the reference."""
     if torch.float64 in (rows.dtype, readers.dtype):
-        return project_ref(rows, readers, centre, normalise)
+        return project_ref(rows, readers, centre, normalise, mean, std)
+    if mean is not None or std is not None:
+        scores = project(rows, readers, centre, normalise)
+        scores = scores if mean is None else scores - mean.to(scores)
+        return scores if std is None else scores / std.to(scores)
     few = len(readers) <= FEW_READERS and rows.shape[1] <= FEW_COLUMNS
     packed = packing.split(readers, torch.float32 if few else rows.dtype)
     offset = packing.offset(packed, centre)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emocore import _C, ops, reference
+from emocore import _C, ops, packing, reference, reference_steering
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 3, 15, 17, 65, 100, 300)
@@ -170,3 +170,64 @@ def test_threads_change_no_bit(dtype: torch.dtype, threads: int) -> None:
             assert torch.equal(ops.project(x[:n], v[:k], centre, True), one)
     finally:
         torch.set_num_threads(before)
+
+
+# --- what is made of the scores in the same pass
+
+
+@each_dtype
+@pytest.mark.parametrize(("n", "k"), [(2, 20), (40, 2), (40, 20)])
+def test_means_and_deviations(dtype: torch.dtype, n: int, k: int) -> None:
+    x, v, centre = normals(n, 65, dtype=dtype), normals(k, 65, seed=1), normals(65, seed=2).double()
+    mean, std = normals(k, seed=3).double(), normals(k, seed=4).double().abs() + 0.5
+    found = ops.project(x, v, centre, False, mean, std)
+    exact = ((x.double() - centre) @ v.double().T - mean) / std
+    assert ((found - exact).abs() <= (bound(x, v, centre) + 2.0**-23 * (exact * std).abs()) / std).all()
+    assert ops.project(x[:, :1] * 0, v[:, :1], None, False, mean, std).double().allclose(-mean / std)
+
+
+@each_dtype
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize(("n", "k"), [(2, 20), (40, 2), (40, 20)])
+def test_packed_readers(dtype: torch.dtype, parts: int, n: int, k: int) -> None:
+    x, centre = normals(n, 100, dtype=dtype), normals(100, seed=2).double()
+    packed, offset = packing.pack(normals(k, 100, seed=1), centre, dtype, parts)
+    whole = packed.double().sum(0)
+    for normalise in (False, True):
+        found = ops.project_packed(x, packed, offset, normalise)
+        exact = reference_steering.project_packed_ref(x, packed, offset, normalise).double()
+        size = x.double().norm(dim=1)[:, None] if normalise else 1.0
+        limit = bound(x, whole) / size + 2.0**-23 * exact.abs()
+        assert ((found.double() - exact).abs() <= limit).all()
+
+
+def test_rows_of_several_hook_points() -> None:
+    rows, packed, offset = normals(3, 40, 65), normals(3, 1, 20, 65, seed=1), normals(3, 20, seed=2)
+    out = torch.full((3, 50, 20), 5.0)
+    ops.project_rows(rows, packed, offset, torch.tensor([33]), out[:, :40])
+    for s in range(3):
+        assert torch.equal(out[s, :33], ops.project_packed(rows[s, :33], packed[s], offset[s], False))
+    assert (out[:, 33:] == 5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 7, 171])
+def test_pooled(dtype: torch.dtype, k: int) -> None:
+    scores = normals(50, k, dtype=dtype)
+    scores[20, 0] = torch.nan
+    starts = torch.tensor([0, 7, 7, 30, 50], dtype=torch.int32)
+    largest, mean = ops.pool_scores(scores, starts)
+    exact = reference_steering.pool_scores_ref(scores, starts)
+    torch.testing.assert_close(largest, exact[0], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(mean, exact[1], rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+def test_pooled_by_hand() -> None:
+    largest, mean = ops.pool_scores(torch.tensor([[1.0, -3.0], [2.0, -1.0], [9.0, 9.0]]), torch.tensor([0, 2, 3]))
+    assert largest.tolist() == [[2, -1], [9, 9]]
+    assert mean.tolist() == [[1.5, -2], [9, 9]]
+
+
+def test_sequences_lie_within_the_scores() -> None:
+    with pytest.raises(IndexError, match=r"pool_scores: starts must be in \[0, 4\)"):
+        ops.pool_scores(torch.zeros(3, 2), torch.tensor([0, 4]))
