@@ -22,6 +22,8 @@ _NAMES = {**DTYPES, torch.int64: "int64", torch.int32: "int32", torch.bool: "uin
 # Tensors of so many bytes get memory of their own from the system: its first use costs more than what is computed.
 OWN_MEMORY = 32 << 20
 
+MOST_THREADS = 1024
+
 _module: ModuleType | None = None
 
 
@@ -51,6 +53,11 @@ def _view(t: Tensor) -> tuple[int, str, int, int, int]:
     return t.data_ptr(), name, t.shape[0], t.shape[1], t.stride(0)
 
 
+def _threads() -> int:
+    """torch's, as many as make sense on any machine."""
+    return min(torch.get_num_threads(), MOST_THREADS)
+
+
 def _rows(x: Tensor) -> Tensor:
     x = x if x.dtype in DTYPES else x.float()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -77,7 +84,7 @@ def stage(x: Tensor, index: Tensor | None, rows: Tensor, norms: Tensor, finite: 
         _view(rows),
         _view(norms),
         _view(finite),
-        torch.get_num_threads(),
+        _threads(),
     )
 
 
@@ -98,7 +105,7 @@ def label_sums(
         _view(shift),
         _view(sums),
         None if squares is None else _view(squares),
-        torch.get_num_threads(),
+        _threads(),
     )
 
 
@@ -109,7 +116,7 @@ def gram(rows: Tensor, weights: Tensor | None, shift: Tensor, tiles: Tensor) -> 
         None if weights is None else _view(weights),
         _view(shift),
         _view(tiles),
-        torch.get_num_threads(),
+        _threads(),
     )
 
 
@@ -125,7 +132,7 @@ def project(
     out = rows.new_empty(len(rows), len(readers), dtype=reference.score_dtype(rows, readers))
     given = [_wide(t) for t in (centre, mean, std)]  # kept while their addresses are in use
     c, m, s = (None if t is None else _view(t) for t in given)
-    extension().project(_view(rows), _view(readers), c, normalise, _view(out), torch.get_num_threads(), 1, None, m, s)
+    extension().project(_view(rows), _view(readers), c, normalise, _view(out), _threads(), 1, None, m, s)
     return out
 
 
@@ -148,7 +155,7 @@ def _project_packed(rows: Tensor, packed: Tensor, offset: Tensor, normalise: boo
         None,
         normalise,
         _view(out),
-        torch.get_num_threads(),
+        _threads(),
         len(packed),
         _view(added),
     )
@@ -178,7 +185,7 @@ def pool_scores(scores: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         return reference_steering.pool_scores_ref(scores, starts)
     given, edges = _rows(scores), starts.to(torch.int64).contiguous()
     largest, mean = (given.new_empty(len(starts) - 1, scores.shape[1], dtype=torch.float32) for _ in range(2))
-    extension().pool_scores(_view(given), _view(edges), _view(largest), _view(mean), torch.get_num_threads())
+    extension().pool_scores(_view(given), _view(edges), _view(largest), _view(mean), _threads())
     return largest, mean
 
 
@@ -187,7 +194,7 @@ def steer_add(x: Tensor, delta: Tensor) -> Tensor:
         return reference.steer_add_ref(x, delta)
     rows, delta = _rows(x), delta.contiguous()
     out = _output(rows)
-    extension().steer_add(_view(rows), _view(delta), _view(out), torch.get_num_threads())
+    extension().steer_add(_view(rows), _view(delta), _view(out), _threads())
     return out
 
 
@@ -196,7 +203,7 @@ def steer_add_(x: Tensor, delta: Tensor) -> None:
         x.copy_(steer_add(x, delta))
     else:
         view, delta = _view(x), delta.contiguous()
-        extension().steer_add(view, _view(delta), view, torch.get_num_threads())
+        extension().steer_add(view, _view(delta), view, _threads())
 
 
 def steer_set(x: Tensor, basis: Tensor, dual: Tensor, target: Tensor) -> Tensor:
@@ -231,7 +238,7 @@ def steer_slots(x: Tensor, slots: Tensor, readers: Tensor, levels: Tensor) -> Te
     rows = _rows(x)
     given = [_slots(rows, slots), _table(rows, readers), _table(rows, levels)]
     out = torch.empty(len(rows), dtype=torch.int32)
-    extension().steer_slots(_view(rows), *map(_view, given), _view(out), torch.get_num_threads())
+    extension().steer_slots(_view(rows), *map(_view, given), _view(out), _threads())
     return out
 
 
@@ -265,7 +272,7 @@ def _edit(
     tables = [None if t is None else _table(x, t) for t in (readers, levels, deltas, *sets)]
     given = [None if slots is None else _slots(x, slots), *tables]  # kept while its addresses are in use
     extension().steer_edit(
-        _view(x), *(None if t is None else _view(t) for t in given), _view(out), torch.get_num_threads()
+        _view(x), *(None if t is None else _view(t) for t in given), _view(out), _threads()
     )
 
 

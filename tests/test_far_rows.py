@@ -1,4 +1,4 @@
-"""Rows more than 2^31 elements apart: offsets are 64 bits wide, on the way in and on the way out."""
+"""Rows more than 2^31 elements apart, whose offsets are 64 bits wide on the way in and out; absurd numbers of threads."""
 
 import pytest
 import torch
@@ -44,3 +44,13 @@ def test_rows_far_apart_are_written_where_they_are(far: Tensor) -> None:
     assert torch.equal(out, x)
     ops.steer_add_(out, torch.ones(D))
     assert torch.equal(out, ops.steer_add(x, torch.ones(D)))
+
+
+def test_absurd_numbers_of_threads_change_nothing(far: Tensor) -> None:
+    few, before = outputs(far), torch.get_num_threads()
+    try:
+        torch.set_num_threads(5000)
+        many = outputs(far)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
