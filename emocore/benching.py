@@ -54,9 +54,10 @@ def files(only: Sequence[str]) -> list[Path]:
 
 
 def unhampered(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """(the environment without what hampers, what was dropped)."""
+    """(the environment without what hampers, or comes from an outer pytest; what was dropped of the first)."""
     dropped = {name: given[name] for name in HAMPERING if name in given}
-    return {name: value for name, value in given.items() if name not in dropped}, dropped
+    kept = {name: value for name, value in given.items() if name not in dropped and not name.startswith("PYTEST_")}
+    return kept, dropped
 
 
 def run(only: Sequence[str], options: Sequence[str]) -> int:
