@@ -271,9 +271,7 @@ def _edit(
     sets = (None,) * 4 if basis is None or dual is None or target is None else (basis, dual, target, gate)
     tables = [None if t is None else _table(x, t) for t in (readers, levels, deltas, *sets)]
     given = [None if slots is None else _slots(x, slots), *tables]  # kept while its addresses are in use
-    extension().steer_edit(
-        _view(x), *(None if t is None else _view(t) for t in given), _view(out), _threads()
-    )
+    extension().steer_edit(_view(x), *(None if t is None else _view(t) for t in given), _view(out), _threads())
 
 
 def _slots(x: Tensor, slots: Tensor) -> Tensor:

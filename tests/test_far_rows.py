@@ -1,4 +1,4 @@
-"""Rows more than 2^31 elements apart, whose offsets are 64 bits wide on the way in and out; absurd numbers of threads."""
+"""Rows more than 2^31 elements apart: offsets are 64 bits wide, in and out. Absurd numbers of threads."""
 
 import pytest
 import torch
