@@ -29,57 +29,84 @@ def _work(rows: int, dim: int, k: int, size: int, arithmetic: str) -> Work:
     return Work(rows * dim * size + k * dim * size, rows * k * 4.0, 2.0 * rows * dim * k, arithmetic)
 
 
+KINDS = [
+    *(("centered", k, torch.float32) for k in (1, 16, 171, 512)),
+    ("centered", 171, torch.bfloat16),
+    *((kind, 171, torch.float32) for kind in ("cosine", "z", "pooled")),
+]
+
+
 @pytest.mark.cpu
-@pytest.mark.parametrize("k", [1, 16, 171])
-def test_centered(race, machine: Machine, seed: int, k: int) -> None:
-    """Centred scores of float32 rows on the CPU."""
-    rows, dim = machine.scale.rows(8192), machine.scale.dim(384)
+@pytest.mark.parametrize(("kind", "k", "dtype"), KINDS)
+def test_scores(race, machine: Machine, seed: int, kind: str, k: int, dtype: torch.dtype) -> None:
+    """Every kind of score on the CPU: G15."""
+    rows, dim, k = (
+        machine.scale.rows(8192),
+        machine.scale.dim(384),
+        min(k, machine.scale.labels()) if machine.scale.tiny else k,
+    )
     g = machine.generator(seed)
-    x, v, c = torch.randn(rows, dim, generator=g), torch.randn(k, dim, generator=g), torch.randn(dim, generator=g)
-    wide = c.double()
+    scored = Scored(kind, torch.randn(k, dim, generator=g), torch.randn(dim, generator=g), machine.scale.rows(128))
+    x, name = torch.randn(rows, dim, generator=g).to(dtype), str(dtype).removeprefix("torch.")
     case = Case(
         op="project",
-        name=f"project K={k}",
-        dtype="float32",
+        name=f"{kind} {name} K={k}",
+        dtype=name,
         rows=rows,
         dim=dim,
         k=k,
         bound=1e-6,
-        work=_work(rows, dim, k, 4, "float32"),
+        work=_work(rows, dim, k, x.element_size(), "float32"),
         bars=(faster_than_as_exact("G15", 1.5),),
     )
+    linear = Contender("torch linear", scored.linear) if kind == "centered" else None
     contenders = [
-        by_op(machine, "project", lambda given: ops.project(given, v, wide, False)),
-        Contender("torch (x - c) @ V.T", lambda given: (given - c) @ v.T),
-        Contender("torch linear", lambda given: functional.linear(given, v, -(v @ c))),
-        Contender("torch float64", lambda given: (given.double() - wide) @ v.double().T),
+        by_op(machine, "project", scored.ours),
+        Contender(EAGER, scored.chain),
+        Contender(COMPILED, peers.compiled(machine, scored.chain)),
+        *([linear] if linear else []),
+        Contender("torch float64", scored.exact),
     ]
-    race(case, contenders, [x], lambda given: (given.double() - wide) @ v.double().T)
+    race(case, contenders, [x], scored.exact)
 
 
-@pytest.mark.cpu
-def test_cosine(race, machine: Machine, seed: int) -> None:
-    """Cosines of float32 rows on the CPU."""
-    rows, dim, k = machine.scale.rows(8192), machine.scale.dim(384), machine.scale.labels()
-    g = machine.generator(seed)
-    x, v = torch.randn(rows, dim, generator=g), torch.randn(k, dim, generator=g)
-    case = Case(
-        op="project",
-        name=f"cosine K={k}",
-        dtype="float32",
-        rows=rows,
-        dim=dim,
-        k=k,
-        bound=1e-6,
-        work=_work(rows, dim, k, 4, "float32"),
-        bars=(faster_than_as_exact("G15", 1.5),),
-    )
-    contenders = [
-        by_op(machine, "project", lambda given: ops.project(given, v, None, True)),
-        Contender("torch normalize", lambda given: functional.normalize(given) @ v.T),
-        Contender("torch float64", lambda given: functional.normalize(given.double()) @ v.double().T),
-    ]
-    race(case, contenders, [x], lambda given: functional.normalize(given.double()) @ v.double().T)
+class Scored:
+    """Directions v [K, D] about a centre c [D] on the CPU, and the ways to score rows on them."""
+
+    def __init__(self, kind: str, v: Tensor, c: Tensor, sequence: int) -> None:
+        self.kind, self.v, self.sequence = kind, v, sequence
+        self.c = torch.zeros_like(c) if kind == "cosine" else c
+        self.mean, self.std = self.c @ v.T, v.norm(dim=1)
+
+    def ours(self, x: Tensor) -> Tensor:
+        z = (self.mean.double(), self.std.double()) if self.kind == "z" else (None, None)
+        scores = ops.project(x, self.v, self.c.double(), self.kind == "cosine", *z)
+        if self.kind != "pooled":
+            return scores
+        starts = torch.arange(0, len(x) + 1, self.sequence, dtype=torch.int32)
+        return torch.cat(ops.pool_scores(scores, starts))
+
+    def chain(self, x: Tensor) -> Tensor:
+        """What one writes in torch; bfloat16 rows are widened first."""
+        return self._scores(x.float(), self.v, self.c, self.mean, self.std)
+
+    def exact(self, x: Tensor) -> Tensor:
+        return self._scores(*(t.double() for t in (x, self.v, self.c, self.mean, self.std)))
+
+    def linear(self, x: Tensor) -> Tensor:
+        """One product in the rows' own dtype, the centre as its bias."""
+        return functional.linear(x, self.v.to(x.dtype), (-self.mean).to(x.dtype))
+
+    def _scores(self, x: Tensor, v: Tensor, c: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        if self.kind == "cosine":
+            return functional.normalize(x) @ v.T
+        scores = (x - c) @ v.T
+        if self.kind == "z":
+            return (scores - mean) / std
+        if self.kind == "pooled":
+            each = scores.unflatten(0, (-1, self.sequence))
+            return torch.cat([each.amax(1), each.mean(1)])
+        return scores
 
 
 class Readers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +64,7 @@ def test_mode_in_place(race, machine: Machine, seed: int, mode: str, dtype: torc
     inputs = [torch.randn(rows, dim, generator=machine.generator(seed + i)).to(dtype) for i in range(2)]
     tables, name = Tables(machine, rows, dim, seed), str(dtype).removeprefix("torch.")
     op, ours, chain = tables.calls_in_place(mode, dtype)
-    compiled = _compiled(machine, chain)
+    compiled = peers.compiled(machine, chain)
     chained = (faster("G15", 2.0, CHAIN), faster("G15", 1.0, COMPILED))
     case = Case(
         op="steer",
@@ -94,13 +93,6 @@ def test_mode_in_place(race, machine: Machine, seed: int, mode: str, dtype: torc
     ]
     *_, exact = tables.calls(mode)
     race(case, contenders, inputs, lambda x: exact(x.double()), error=_most)
-
-
-def _compiled(machine: Machine, chain: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own, of when it is loaded
-        torch._dynamo.reset()
-        return chain if machine.scale.tiny else torch.compile(chain, dynamic=False)
 
 
 class Tables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,9 +28,12 @@ def peer(package: str, name: str, make: Callable[[], Contender]) -> Contender | 
 
 
 def compiled(machine: Machine, call: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of a chain; a dry run traces it and compiles nothing."""
-    torch._dynamo.reset()
-    return torch.compile(call, backend="inductor" if machine.cuda else "eager", dynamic=False)
+    """torch.compile of a chain; a run without a device, or of tiny cases, traces it and compiles nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, of when it is loaded
+        torch._dynamo.reset()
+        compiles = not (machine.dry or machine.scale.tiny)
+        return torch.compile(call, backend="inductor" if compiles else "eager", dynamic=False)
 
 
 @contextlib.contextmanager
