@@ -64,6 +64,57 @@ def test_gram(race, machine: Machine, seed: int, dim: int) -> None:
     race(case, contenders, [x], lambda given: given.double().T @ given.double())
 
 
+BFLOAT16 = [
+    (384, 0),
+    (768, 0),
+    (2048, 0),
+    (768, 20),
+    *(pytest.param(*one, marks=pytest.mark.long) for one in [(4096, 0)]),
+]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("dim", "apart"), BFLOAT16)
+def test_gram_of_bfloat16(race, machine: Machine, seed: int, dim: int, apart: int) -> None:
+    """The op on bfloat16 rows: columns about zero, as most of a model's are, or one in `apart` about another shift."""
+    rows, dim = machine.scale.rows(8192), machine.scale.dim(dim)
+    shift = torch.zeros(dim, dtype=torch.float64)
+    if apart:
+        shift[::apart] = 2.0
+    x = (torch.randn(rows, dim, generator=machine.generator(seed)) + shift).bfloat16()
+    narrow, tiles = shift.float(), torch.zeros(tile_count(dim), 128, 128, dtype=torch.float64)
+
+    def sums(given: Tensor) -> Tensor:
+        tiles.zero_()
+        ops.gram(given, None, shift, tiles)
+        return unpack_tiles(tiles, dim)
+
+    def centred(given: Tensor) -> Tensor:
+        y = given.float() - narrow if apart else given.float()
+        return y.T @ y
+
+    def exact(given: Tensor) -> Tensor:
+        y = given.double() - shift
+        return y.T @ y
+
+    case = Case(
+        op="gram",
+        name=f"gram bfloat16 D={dim}" + (f", one column in {apart} moved" if apart else ""),
+        dtype="bfloat16",
+        rows=rows,
+        dim=dim,
+        bound=2e-6,
+        work=Work(read=x.nbytes, written=tiles.nbytes, flops=triangle(rows, dim), arithmetic="bfloat16"),
+        bars=() if apart else (faster("G14", 1.9, "torch mm"), reaches("G14", 0.82)),
+    )
+    contenders = [
+        by_op(machine, "gram", lambda given: ops.gram(given, None, shift, tiles), check=sums),
+        *([] if apart else [Contender("torch mm", lambda given: given.T @ given)]),
+        Contender("torch mm of float32", centred),
+    ]
+    race(case, contenders, [x], exact)
+
+
 def _blas() -> Any:
     def make() -> Contender:
         from scipy.linalg.blas import ssyrk
