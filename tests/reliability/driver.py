@@ -40,7 +40,7 @@ def write(say: Say, order: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if "record" in order:
         record = os.open(order["record"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    begin(path, order.get("plan", Plan.COUNT), order.get("at", 0), record=record)
+    begin(Path(order.get("below", path)), order.get("plan", Plan.COUNT), order.get("at", 0), record=record)
     with closing(SUBJECTS[order["subject"]].commits(path, order["first"])) as commits:
         for number in itertools.islice(commits, order.get("commits")):
             mark(number)
