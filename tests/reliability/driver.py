@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 import torch
 
 from emocore import ActivationStore
-from emocore.errors import StoreError
+from emocore.errors import BackpressureError, StoreError
+from emocore.ring import Ring, sample
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import Plan, begin, end, failed, mark
@@ -106,6 +107,41 @@ def endure(say: Say, order: dict[str, Any]) -> None:
         say({"at": at, "call": call, "error": said, "found": found, "strays": strays, "handles": handles})
 
 
+# --- a disk slower than the rows
+
+
+def resident() -> int:
+    """Bytes of memory in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def starve(say: Say, order: dict[str, Any]) -> None:
+    """For some seconds rows come at a steady rate, of which the disk takes a share; says counts and memory's growth."""
+    path, rate, share, width = Path(order["path"]), order["rate"], order["share"], 256
+    policy = sample(**order["sample"]) if "sample" in order else order["policy"]
+    with Ring(slots=16, slot_bytes=1 << 16, throttle=share * rate, timeout=60 if share else 0.01) as ring:
+        kept = ActivationStore(path, policy=policy, ring=ring, shard_bytes=1 << 22)
+        feed, late, before, start, count = kept.at("a"), 0, 0, time.monotonic(), 0
+        while count * width * 4 < rate * order["seconds"]:
+            x = torch.arange(count, count + 64.0).unsqueeze(1).expand(64, width)
+            count += 64
+            before = before if count * width * 4 > 4 << 20 else resident()  # a ring's memory is used when it is filled
+            try:
+                feed.update(x, requests=[str(i) for i in range(count - 64, count)])
+            except BackpressureError:
+                late += 1
+            feed.ledger.check()
+            time.sleep(max(0, start + count * width * 4 / rate - time.monotonic()))
+        growth = resident() - before
+        try:
+            kept.commit()
+        except BackpressureError:
+            late += 1
+        say({"rows": feed.ledger.rows.as_dict(), "late": late, "offered": count, "growth": growth})
+        ring.close()
+        kept.close()
+
+
 # --- the process
 
 
@@ -128,7 +164,7 @@ def answer(order: dict[str, Any]) -> None:
 
 def _obey(order: dict[str, Any], said: int) -> NoReturn:
     try:
-        work = {"write": write, "endure": endure}[order["do"]]
+        work = {"write": write, "endure": endure, "starve": starve}[order["do"]]
         work(lambda what: os.write(said, f"{json.dumps(what)}\n".encode()), order)
     except BaseException:
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Killed by the kernel at every system call of a commit and of a recovery, also those that no library function makes."""
+"""Killed at every system call of a commit and of a recovery, also those that no call of the C library shows."""
 
 import itertools
 import os
