@@ -17,7 +17,7 @@ def test_only_typed_errors_or_exact_content(kind: str, scale: Any, memory: Path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    print(said)  # of a long run, with -s or -rP
+    print(said)  # shown by -rP
     assert min(said["read"], said["refused"]) > 20
     assert said["slowest"] < 1
     assert said["kilobytes"] < 512 << 10

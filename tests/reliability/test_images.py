@@ -74,6 +74,7 @@ def test_every_image_opens(subject: Any, driver: Any, scale: Any, start: int, me
     for acknowledged, image in itertools.islice(some, scale(100, 2000)):
         check(subject, acknowledged, restored(image, disk.root))
         count += 1
+    print(f"{count} images")  # shown by -rP
     assert count > 50
 
 

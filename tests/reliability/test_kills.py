@@ -81,4 +81,6 @@ def test_killed_at_every_call_of_a_commit_and_of_a_recovery(subject: Any, driver
             shutil.rmtree(worst, ignore_errors=True)
             shutil.copytree(path, worst)
     assert most
-    assert sum(1 for _ in killed_at_each_call(subject, driver, worst, path)) > 10
+    kills = sum(1 for _ in killed_at_each_call(subject, driver, worst, path))
+    print(f"{kills} calls of a recovery")  # shown by -rP
+    assert kills > 10

@@ -63,7 +63,7 @@ def test_killed_at_every_system_call(subject: Any, driver: Any, scale: Any, memo
     for call in scale("fsync rename renameat pwrite64 unlink", f"{ON_FILES} {ON_MORE}").split():
         for at in itertools.count(1):
             shutil.copytree(start, path)
-            said, status = killed(driver, order | {"first": before + 1}, f"{call}:signal=SIGKILL:when={at}")
+            said, status = killed(driver, order | {"first": before + 1}, f"?{call}:signal=SIGKILL:when={at}")
             found = subject.found(path)
             now = max(found)
             assert max(said, default=before) <= now <= before + 1
@@ -76,4 +76,5 @@ def test_killed_at_every_system_call(subject: Any, driver: Any, scale: Any, memo
                 break
             assert status == -signal.SIGKILL
             kills += 1
+    print(f"{kills} kills")  # shown by -rP
     assert kills > scale(1, 20)
