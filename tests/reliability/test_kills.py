@@ -4,6 +4,7 @@ import itertools
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,23 @@ def test_killed_at_any_moment(subject: Any, driver: Any, scale: Any, tmp_path: P
         if kill % 5 == 4:
             before = go_on(subject, path, before)
     assert at_work > kills // 20
+
+
+@every_format
+def test_readers_beside_a_writer(subject: Any, driver: Any, scale: Any, tmp_path: Path) -> None:
+    """They see one commit after the other, each of them whole, also the one that is killed."""
+    path, seconds, seen = tmp_path / "kept", scale(0.7, 10.0), [0]
+    driver.start("write", subject=subject.name, path=path, first=1, seconds=seconds)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = subject.seen(path) if path.exists() else ()
+        seen.append(max(found, default=0))
+        assert found == subject.expected(range(1, seen[-1] + 1))
+        assert seen[-1] >= seen[-2]
+    said, status = driver.finish()
+    assert status == -signal.SIGKILL
+    assert max(numbers(said)) <= max(subject.found(path)) <= max(numbers(said)) + 1
+    assert len({*seen}) > 1
 
 
 def killed_at_each_call(subject: Any, driver: Any, start: Path, path: Path) -> Iterator[set[str]]:
