@@ -2,6 +2,7 @@
 # make demo    from a real model to emotion vectors, printing every figure (MODEL=folder for another model)
 # make test    style, types and all tests, as CI runs them (JOBS= processes)
 # make bench   the benchmarks on the CPU beside what others use, and a chart of them (QUICK=1 for fewer rounds)
+# make reliability  the long versions of the tests of crashes, faults and hostile files, at most an hour
 # make gpu     build, tests and benchmarks on an NVIDIA GPU, with the torch of $(PYTHON) (DRY=1 without one)
 # make corpus  the figures of the default corpus
 
@@ -10,7 +11,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: all demo test check bench gpu corpus clean
+.PHONY: all demo test check reliability bench gpu corpus clean
 all: $(VENV)/.built
 
 $(VENV)/.installed: pyproject.toml constraints.txt .ci/venv
@@ -32,6 +33,9 @@ check: all
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy --no-error-summary
+
+reliability: all
+	@$(BIN)/pytest tests/reliability --long -rP -n $(JOBS) --dist loadfile
 
 bench: all $(VENV)/.peers
 	@$(BIN)/emocore bench $(if $(QUICK),--quick --seconds 75,--chart docs/benchmarks)

@@ -175,8 +175,8 @@ void project(const py::object& rows, const py::object& readers, const py::object
     if (K == 0) throw std::invalid_argument("project: readers must have K >= 1 rows, got 0");
     job.parts = parts;
     const bool narrow = element_size(job.rows.dtype) == 2 && vectors.view.dtype == job.rows.dtype;
-    job.readers = expect(vectors, {DType::float32, DType::float64, narrow ? job.rows.dtype : DType::float64},
-                         parts * K, D);
+    job.readers = narrow ? expect(vectors, {job.rows.dtype}, parts * K, D)
+                         : expect(vectors, {DType::float32, DType::float64}, parts * K, D);
     job.centre = vector_or_null<double>("project: centre", centre, DType::float64, D);
     job.offset = vector_or_null<double>("project: offset", offset, DType::float64, K);
     job.normalise = normalise;

@@ -83,6 +83,15 @@ class CorpusError(EmocoreError, ValueError):
     """A story file that breaks the corpus rules; names file, line and rule."""
 
 
+def said(error: OSError) -> str:
+    """What the system said.
+
+    >>> said(OSError(28, "No space left on device"))
+    'No space left on device (errno 28)'
+    """
+    return f"{error.strerror or error} (errno {error.errno})"
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """The way out of an unknown name: near matches first, else the whole list.
 

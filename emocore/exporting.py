@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, StoreError
+from .errors import ArgumentError, StoreError, said
 from .formats import KEY
 from .manifest import Manifest, Point
 from .publishing import publish
@@ -41,7 +41,7 @@ def to_hdf5(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"{out}: could not be made", got=error.strerror) from error
+        raise StoreError(f"{out}: could not be made", got=said(error)) from error
     files = []
     for shard in found.manifest.rows:
         tensors = {

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from . import publishing
-from .errors import EmocoreError, StoreError
+from .errors import EmocoreError, StoreError, said
 from .manifest import SHARD
 from .shards import OPEN
 
@@ -28,7 +28,7 @@ class Folder:
             try:
                 self._guard = _locked(path)
             except BaseException:
-                os.close(self.handle)
+                publishing.shut(self.handle)
                 raise
 
     @contextlib.contextmanager
@@ -41,7 +41,7 @@ class Folder:
         except OSError as error:
             raise StoreError(
                 f"{self.path}: could not be written",
-                got=f"{error.strerror} (errno {error.errno})",
+                got=said(error),
                 way_out="What was committed is untouched; free space or repair the volume, and go on.",
             ) from error
 
@@ -67,8 +67,8 @@ class Folder:
 
     def close(self) -> None:
         """Let another writer in."""
-        os.close(self._guard)
-        os.close(self.handle)
+        publishing.shut(self._guard)
+        publishing.shut(self.handle)
 
 
 def _sync(folder: Path) -> None:
@@ -76,24 +76,24 @@ def _sync(folder: Path) -> None:
     try:
         os.fsync(handle)
     finally:
-        os.close(handle)
+        publishing.shut(handle)
 
 
 def _locked(path: Path) -> int:
     handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError:
         other = os.pread(handle, 32, 0).decode(errors="replace").strip()
-        os.close(handle)
+        publishing.shut(handle)
         raise StoreError(
             f"{path}: somebody else is writing to it",
             got=f"process {other}",
             way_out="Close that store first, or give every writer its own rank=.",
         ) from None
     except BaseException:
-        os.close(handle)
+        publishing.shut(handle)
         raise
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
     return handle

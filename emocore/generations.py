@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import StoreError
+from .errors import StoreError, said
 from .formats import MAX_TEXT
 from .manifest import Manifest
 from .publishing import publish
@@ -27,11 +28,11 @@ def path_of(folder: Path, generation: int) -> Path:
 
 
 def advance(folder: Path, manifest: Manifest) -> None:
-    """Publish a generation and remove those before the last; raises StoreError."""
+    """Publish a generation and remove those before the last, if they can be; raises StoreError."""
     publish(path_of(folder, manifest.generation), manifest.to_bytes())
-    for generation in generations(folder):
-        if generation <= manifest.generation - KEPT:
-            with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for generation in generations(folder):
+            if generation <= manifest.generation - KEPT:
                 path_of(folder, generation).unlink()
 
 
@@ -40,7 +41,7 @@ def generations(folder: Path) -> list[int]:
     try:
         found = [_NAME.fullmatch(name) for name in os.listdir(folder)]
     except OSError as error:
-        raise StoreError(f"{folder}: could not be read", got=error.strerror) from error
+        raise StoreError(f"{folder}: could not be read", got=said(error)) from error
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
@@ -55,7 +56,7 @@ class Newest:
 def newest(folder: Path, generation: int | None = None) -> Newest | None:
     """The newest whole generation, or the one asked for; None where there is none at all.
 
-    Raises StoreError when there are some and none is whole.
+    Raises StoreError when there are some and none is whole, or one could not be read.
     """
     for _ in range(8):  # a writer may remove what was listed
         listed = generations(folder) if generation is None else [generation]
@@ -67,6 +68,8 @@ def newest(folder: Path, generation: int | None = None) -> Newest | None:
                 continue
             except StoreError as error:
                 damaged.append(str(error))
+            except OSError as error:  # it may be whole: an older one must not be taken for the last
+                raise StoreError(f"{path_of(folder, number)}: could not be read", got=said(error)) from error
         if damaged:
             raise StoreError(
                 f"{folder}: no manifest is whole", got=damaged[0], way_out="Restore the folder from a copy."
@@ -77,10 +80,10 @@ def newest(folder: Path, generation: int | None = None) -> Newest | None:
 
 
 def load(path: Path, generation: int) -> Manifest:
-    """One generation from its file; raises StoreError naming it, FileNotFoundError where there is none."""
+    """One generation from its file; raises StoreError naming it, OSError where it is not there or cannot be read."""
     try:
         found = Manifest.from_bytes(_bytes(path))
-    except (FileNotFoundError, StoreError):
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         raise StoreError(f"{path}: not a manifest, or damaged", got=f"{type(error).__name__}: {error}") from error
@@ -90,7 +93,12 @@ def load(path: Path, generation: int) -> Manifest:
 
 
 def _bytes(path: Path) -> bytes:
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("a link") from error
+        raise
     with open(handle, "rb") as file:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_TEXT:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import ArgumentError, StoreError
+from .errors import ArgumentError, StoreError, said
 from .folders import Folder
 from .generations import advance, generations, newest
 from .ledger import Ledger
@@ -52,7 +52,7 @@ def _ranks(path: Path) -> dict[int, Manifest]:
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
-        raise StoreError(f"{path}: could not be read", got=error.strerror) from error
+        raise StoreError(f"{path}: could not be read", got=said(error)) from error
     for name in names:
         match = _RANK.fullmatch(name)
         part = newest(path / name) if match else None

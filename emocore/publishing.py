@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import StoreError
+from .errors import StoreError, said
 
 SUFFIX = ".emocore.tmp"
 
@@ -32,7 +32,7 @@ def publish(path: Path, data: bytes) -> None:
     except OSError as error:
         raise StoreError(
             f"{path}: could not be written",
-            got=_said(error),
+            got=said(error),
             way_out="What was saved there before is untouched; free space or choose another folder, and save again.",
         ) from error
     try:
@@ -40,7 +40,7 @@ def publish(path: Path, data: bytes) -> None:
     except OSError as error:
         raise StoreError(
             f"{path}: written, but a power cut may still undo it: its folder could not be synced",
-            got=_said(error),
+            got=said(error),
             way_out="Save again, here or in another folder.",
         ) from error
 
@@ -58,11 +58,11 @@ def _temporary(folder: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield handle, name
             finally:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # what stays, the next sweep finds
                     os.unlink(name)
             return
         finally:
-            os.close(handle)
+            shut(handle)
 
 
 def sweep(folder: Path) -> None:
@@ -75,7 +75,7 @@ def sweep(folder: Path) -> None:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     os.unlink(entry.path)
                 finally:
-                    os.close(handle)
+                    shut(handle)
 
 
 def _lock(handle: int) -> None:
@@ -89,8 +89,10 @@ def _sync(folder: Path) -> None:
     try:
         os.fsync(handle)
     finally:
+        shut(handle)
+
+
+def shut(handle: int) -> None:
+    """Close a handle of what is synced, given up, or was only read: that it fails says nothing of the file."""
+    with contextlib.suppress(OSError):
         os.close(handle)
-
-
-def _said(error: OSError) -> str:
-    return f"{error.strerror or error} (errno {error.errno})"

@@ -21,6 +21,7 @@ from .generations import newest
 from .ledger import Ledger
 from .manifest import check_files
 from .places import Places
+from .publishing import shut
 from .recorded import Recorded
 from .shards import Layout, checksum, mapped
 from .tokens import Tokens
@@ -48,7 +49,7 @@ class Activations(Mapping[str, "View"]):
             )
         self.path, self.manifest, self.damaged = path, found.manifest, found.damaged
         self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._folder)
+        weakref.finalize(self, shut, self._folder)
         check_files(self._folder, self.manifest)
         every = (Recorded(self.manifest, place, self.tensors) for place in range(len(self.manifest.points)))
         self._views = {recorded.point.hook_point: View(self, recorded) for recorded in every}

@@ -18,8 +18,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, StoreError
+from .errors import ArgumentError, StoreError, said
 from .native import extension
+from .publishing import shut
 from .ring import Offered, Policy, Ring
 
 FORMAT = 1
@@ -78,10 +79,11 @@ class Draft:
                 self._stream = ring.stream(direct or self._plain, PAGE, direct=direct is not None)
             finally:
                 if direct is not None:  # the stream has its own
-                    os.close(direct)
+                    shut(direct)
         except BaseException:
-            os.close(self._plain)
+            self.abandon()
             raise
+        self._stream.name = _path(folder, file)
 
     def append(self, data: Tensor) -> None:
         """Take the bytes of `data`."""
@@ -95,7 +97,7 @@ class Draft:
         """Write everything to the disk, header included, and return the CRC32C of the data."""
         self._stream.flush()
         os.ftruncate(self._plain, PAGE + layout.size)
-        os.pwrite(self._plain, layout.header(), 0)
+        _write(self._plain, layout.header())
         os.fsync(self._plain)
         return self._stream.crc32c
 
@@ -114,7 +116,14 @@ class Draft:
     def _close(self) -> None:
         handle, self._plain = self._plain, -1
         if handle >= 0:
-            os.close(handle)
+            shut(handle)
+
+
+def _write(handle: int, data: bytes) -> None:
+    """All of it at the start of the file, through short writes."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done:], done)
 
 
 def _direct(folder: int, file: str) -> int | None:
@@ -147,29 +156,36 @@ def checksum(folder: int, file: str, layout: Layout) -> int:
 def check_file(folder: int, file: str, layout: Layout) -> None:
     """Raise StoreError unless `file` is a regular file of the bytes that `layout` says."""
     with _opened(folder, file) as handle:
-        _check_size(handle, file, layout)
+        _check_size(handle, _path(folder, file), layout)
 
 
 def _data(folder: int, file: str, layout: Layout) -> Tensor:
     with _opened(folder, file) as handle:
-        _check_size(handle, file, layout)
+        _check_size(handle, _path(folder, file), layout)
         if os.pread(handle, PAGE, 0) != layout.header():
-            raise StoreError(f"{file}: its header is not the one that the manifest implies", way_out=RESTORE)
+            raise StoreError(
+                f"{_path(folder, file)}: its header is not the one that the manifest implies", way_out=RESTORE
+            )
         size = PAGE + layout.size
         return torch.from_file(f"/proc/self/fd/{handle}", shared=False, size=size, dtype=torch.uint8)[PAGE:]
 
 
-def _check_size(handle: int, file: str, layout: Layout) -> None:
+def _check_size(handle: int, path: str, layout: Layout) -> None:
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode):
-        raise StoreError(f"{file}: not a regular file")
+        raise StoreError(f"{path}: not a regular file")
     if found.st_size != PAGE + layout.size:
         raise StoreError(
-            f"{file}: truncated or changed",
+            f"{path}: truncated or changed",
             expected=f"{PAGE + layout.size} bytes",
             got=found.st_size,
             way_out=RESTORE,
         )
+
+
+def _path(folder: int, file: str) -> str:
+    """For an error."""
+    return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), file)
 
 
 @contextlib.contextmanager
@@ -177,12 +193,12 @@ def _opened(folder: int, file: str) -> Iterator[int]:
     """A handle of a file in `folder`, or in a folder of it, that no link leads to."""
     with contextlib.ExitStack() as stack:
         try:
-            *parents, name = file.split("/")
+            inner, (*parents, name) = folder, file.split("/")
             for parent in parents:
-                folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-                stack.callback(os.close, folder)
-            handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-            stack.callback(os.close, handle)
+                inner = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inner)
+                stack.callback(shut, inner)
+            handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=inner)
+            stack.callback(shut, handle)
         except OSError as error:
-            raise StoreError(f"{file}: could not be opened", got=error.strerror, way_out=RESTORE) from error
+            raise StoreError(f"{_path(folder, file)}: could not be opened", got=said(error), way_out=RESTORE) from error
         yield handle

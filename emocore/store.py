@@ -19,7 +19,7 @@ from torch import Tensor
 from .auditing import Audit, verify
 from .calibration import Calibration, StreamReference
 from .directions import ByHookPoint, Directions
-from .errors import ArgumentError, StoreError
+from .errors import ArgumentError, StoreError, said
 from .exporting import to_hdf5
 from .formats import FORMATS, MAX_TEXT, Format, parse
 from .joining import join
@@ -139,7 +139,7 @@ def _read(path: Path) -> bytes:
     except StoreError:
         raise
     except OSError as error:
-        raise StoreError(f"{path}: could not be read", got=error.strerror) from error
+        raise StoreError(f"{path}: could not be read", got=said(error)) from error
 
 
 def _built(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Any:

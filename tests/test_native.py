@@ -115,7 +115,7 @@ def steer_add(x: torch.Tensor, delta: np.ndarray, threads: int = 1) -> torch.Ten
 # --- worked by hand
 
 
-@pytest.mark.parametrize("arithmetic", DTYPES.values())
+@pytest.mark.parametrize("arithmetic", ["float64", "float32", "bfloat16"])
 def test_peak_counts_what_the_whole_team_does(isa: str, arithmetic: str) -> None:
     """Each member does every turn; a turn of a wider set, or of pairs, is more operations."""
     one = _C.peak(arithmetic, 1, 1)

@@ -1,7 +1,6 @@
 """The activation store: what is captured is read again, with its places and its ledger; commits, resumes, policies."""
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -401,28 +400,3 @@ def test_bad_rows(tmp_path: Path) -> None:
 def test_one_store_at_one_hook_point_under_two_rules_is_refused(tokenwise, tmp_path: Path) -> None:
     with ActivationStore(tmp_path) as kept, pytest.raises(ArgumentError, match="bound twice"):
         capture(tokenwise(), "layers.0", lambda: [(kept, Tokens()), (kept, Tokens(skip=1))])
-
-
-def test_sixteen_threads_and_sixty_four_requests(tmp_path: Path) -> None:
-    """100,000 rows that hold the number of their request and their own: every one is found under its request."""
-    threads, requests, each = 16, 64, 100_000 // 16
-
-    def produce(kept: ActivationStore, thread: int) -> None:
-        numbers = torch.arange(thread * each, (thread + 1) * each)
-        for part in numbers.split(125):
-            rows = torch.stack([part % requests, part], 1).float()
-            kept.at("a").update(rows, requests=[f"request {n % requests}" for n in part.tolist()])
-
-    with ActivationStore(tmp_path, shard_rows=20_000) as kept:
-        workers = [threading.Thread(target=produce, args=(kept, i)) for i in range(threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        counts = kept.ledger["a"].rows
-        assert counts.formed == counts.accumulated + counts.pending == 100_000
-    view = activations(tmp_path)["a"]
-    assert sorted(view.rows[:, 1].tolist()) == list(range(100_000))
-    names = torch.tensor([int(name.split()[1]) for name in view.places.names])
-    assert torch.equal(names[view.places.request].float(), view.rows[:, 0])
-    assert store.verify(tmp_path).rows == 100_000

