@@ -146,12 +146,12 @@ def checksum(folder: int, file: str, layout: Layout) -> int:
 
 def check_file(folder: int, file: str, layout: Layout) -> None:
     """Raise StoreError unless `file` is a regular file of the bytes that `layout` says."""
-    with _opened(folder, file) as handle:
+    with opened(folder, file) as handle:
         _check_size(handle, file, layout)
 
 
 def _data(folder: int, file: str, layout: Layout) -> Tensor:
-    with _opened(folder, file) as handle:
+    with opened(folder, file) as handle:
         _check_size(handle, file, layout)
         if os.pread(handle, PAGE, 0) != layout.header():
             raise StoreError(f"{file}: its header is not the one that the manifest implies", way_out=RESTORE)
@@ -173,7 +173,7 @@ def _check_size(handle: int, file: str, layout: Layout) -> None:
 
 
 @contextlib.contextmanager
-def _opened(folder: int, file: str) -> Iterator[int]:
+def opened(folder: int, file: str) -> Iterator[int]:
     """A handle of a file in `folder`, or in a folder of it, that no link leads to."""
     with contextlib.ExitStack() as stack:
         try:
