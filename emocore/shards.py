@@ -92,15 +92,18 @@ class Draft:
         return policy.offer(self._stream, rows)
 
     def finish(self, layout: Layout) -> int:
-        """Write everything to the disk, header included, and return the CRC32C of the data."""
+        """Write everything, header included, and return the CRC32C of the data; `sync` makes it durable."""
         self._stream.flush()
         os.ftruncate(self._plain, PAGE + layout.size)
         os.pwrite(self._plain, layout.header(), 0)
-        os.fsync(self._plain)
         return self._stream.crc32c
 
+    def sync(self) -> None:
+        """Make the finished file durable."""
+        os.fsync(self._plain)
+
     def seal(self) -> None:
-        """Give the finished file its name."""
+        """Give the synced file its name."""
         os.rename(self.file + OPEN, self.file, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         self._close()
 

@@ -173,6 +173,7 @@ class Unpacked:
                 for part in _slices(found.tensors[name]):
                     draft.append(part)
             crc = draft.finish(layout)
+            draft.sync()
             draft.seal()
         except BaseException:
             draft.abandon()
