@@ -2,6 +2,8 @@
 
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor
 
 from emocore import ActivationStore, Tokens, activations, capture, store
-from emocore.errors import ArgumentError, LabelError, ShapeError, StoreError
+from emocore.errors import ArgumentError, LabelError, LedgerError, ShapeError, StoreError
+from emocore.feeds import Feed
 from emocore.ring import Ring, sample
+from emocore.sinks import Observed
 
 BLOCKS = "layers.*"
 
@@ -426,3 +430,52 @@ def test_sixteen_threads_and_sixty_four_requests(tmp_path: Path) -> None:
     names = torch.tensor([int(name.split()[1]) for name in view.places.names])
     assert torch.equal(names[view.places.request].float(), view.rows[:, 0])
     assert store.verify(tmp_path).rows == 100_000
+
+
+# --- counts, while others commit
+
+
+def test_a_commit_while_rows_are_handed_over(tokenwise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for what a capture has counted and not handed over yet, and its manifest adds up."""
+    model = tokenwise()
+    ids, mask = batch(4, 4)
+    observe, begun = Feed.observe, threading.Event()
+
+    def slowly(feed: Feed, observed: Observed) -> None:
+        begun.set()
+        time.sleep(0.1)
+        observe(feed, observed)
+
+    with ActivationStore(tmp_path) as kept, capture(model, BLOCKS, kept), ThreadPoolExecutor(1) as other:
+        model(ids, mask)
+        monkeypatch.setattr(Feed, "observe", slowly)
+        number = other.submit(lambda: begun.wait() and kept.commit())
+        model(ids, mask)
+        assert number.result() == 1
+    assert store.verify(tmp_path).rows == 32
+
+
+def test_a_ledger_that_does_not_add_up_is_not_saved(tmp_path: Path) -> None:
+    kept = ActivationStore(tmp_path)
+    kept.at("a").update(randn(3, 4))
+    kept.commit()
+    kept.at("a").ledger.rows.add(formed=1)
+    for end in (kept.commit, kept.close):
+        with pytest.raises(LedgerError, match=r"hook point 'a': rows: counts do not add up.*formed 4"):
+            end()
+    assert store.verify(tmp_path).rows == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_number_that_is_not_finite_is_found(dtype: torch.dtype, tmp_path: Path) -> None:
+    """All bit patterns of 16 bits; of 32, those with all 16 upper ones."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
+    x = bits.mul(1 << 16).view(dtype) if dtype.itemsize == 4 else bits.to(torch.int16).view(dtype)
+    good = x.isfinite()
+    with ActivationStore(tmp_path, shard_bytes=1 << 40) as kept:
+        feed = kept.at("a")
+        feed.update(x[good].unsqueeze(1))
+        for one in x[~good].reshape(-1, 1, 1):
+            feed.update(one)
+        rows = kept.ledger["a"].rows
+        assert (rows.nonfinite, rows.pending) == (int((~good).sum()), int(good.sum()))
