@@ -148,7 +148,8 @@ class Tap:
             for binding, pool in pools.items():
                 try:
                     ids = batch.ids(binding.labels)
-                    binding.form(pool.close(), ids, keep and failed is None, batch.requests, batch)
+                    with binding.held:
+                        binding.form(pool.close(), ids, keep and failed is None, batch.requests, batch)
                 except BaseException as error:
                     failed = error
         if failed is not None:
@@ -217,7 +218,8 @@ class Tap:
         n = hidden.shape[:-1].numel()
         with self._lock:
             for binding in self._points[hook_point]:
-                binding.ledger.tokens.add(offered=n, **{what: n})
+                with binding.held:
+                    binding.ledger.tokens.add(offered=n, **{what: n})
 
     def _commit(self, module: nn.Module, args: Any, output: Any) -> None:
         if in_backward():
@@ -255,9 +257,10 @@ class Tap:
         for hook_point, bindings in self._points.items():
             seen = forward.fires.get(hook_point, 0)
             for binding in bindings:
-                binding.ledger.fires.add(expected=seen if self._optional else self._fires, seen=seen)
-                binding.ledger.forwards += 1
-                binding.ledger.unmasked += forward.unmasked
+                with binding.held:
+                    binding.ledger.fires.add(expected=seen if self._optional else self._fires, seen=seen)
+                    binding.ledger.forwards += 1
+                    binding.ledger.unmasked += forward.unmasked
 
     def _roll_back(self, thread: int) -> None:
         if self._lane is not None:

@@ -6,7 +6,8 @@ import importlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,29 @@ from torch import Tensor
 
 from .errors import ArgumentError, StoreError, said
 from .formats import KEY
-from .manifest import Manifest, Point
+from .manifest import Manifest, Rows
 from .publishing import publish
 from .replaying import activations
+from .shards import FORMAT
 
 FILTERS = {"zstd": "Zstd", "blosc2": "Blosc2"}  # of hdf5plugin
+DTYPE = "emocore_dtype"  # the attribute that says what a dataset's numbers are
 CHUNK = 1 << 20  # bytes that are compressed together
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file says of itself: its hook point, number `place` of the store, its ledger, the index it holds."""
+
+    format: int
+    hook_point: str
+    place: int
+    tokens: Mapping[str, Any] | None
+    ledger: Mapping[str, Any]
+    index: str
+    labels: Sequence[str]
+    model: str | None
+    generation: int
 
 
 def to_hdf5(
@@ -31,8 +49,8 @@ def to_hdf5(
     """Write every shard of the store in `path` to a file in the folder `out`, and return the files.
 
     A file holds `rows` [n, D], the columns of their index [n], and `emocore`, a JSON text: hook point, labels, token
-    rule, model. HDF5 has no bfloat16: its bits are uint16 under the attribute `emocore_dtype`. `compression` is "zstd"
-    or "blosc2", by the package hdf5plugin. Raises ArgumentError, and StoreError where the store is damaged, the
+    rule, ledger, model. HDF5 has no bfloat16: its bits are uint16 under the attribute `emocore_dtype`. `compression` is
+    "zstd" or "blosc2", by the package hdf5plugin. Raises ArgumentError, and StoreError where the store is damaged, the
     package is missing, or a file cannot be written.
     """
     squeeze = _squeezed(compression)
@@ -48,7 +66,7 @@ def to_hdf5(
             **found.tensors(shard.file, layouts[shard.file]),
             **found.tensors(shard.index, layouts[shard.index]),
         }
-        text = _text(found.manifest, found.manifest.points[shard.point])
+        text = _text(found.manifest, shard)
         files.append(out / f"{Path(shard.file.replace('/', '-')).stem}.h5")
         publish(files[-1], _packed(tensors, text, squeeze))
     return tuple(files)
@@ -72,16 +90,20 @@ def _squeezed(compression: str | None) -> Mapping[str, Any]:
     return found
 
 
-def _text(manifest: Manifest, point: Point) -> str:
-    return json.dumps(
-        {
-            "hook_point": point.hook_point,
-            "labels": list(manifest.labels),
-            "tokens": point.tokens,
-            "model": manifest.model,
-            "generation": manifest.generation,
-        }
+def _text(manifest: Manifest, shard: Rows) -> str:
+    point = manifest.points[shard.point]
+    about = About(
+        format=FORMAT,
+        hook_point=point.hook_point,
+        place=shard.point,
+        tokens=point.tokens,
+        ledger=point.ledger,
+        index=shard.index,
+        labels=manifest.labels,
+        model=manifest.model,
+        generation=manifest.generation,
     )
+    return json.dumps(asdict(about))
 
 
 def _packed(tensors: Mapping[str, Tensor], text: str, squeeze: Mapping[str, Any]) -> bytes:
@@ -94,5 +116,5 @@ def _packed(tensors: Mapping[str, Tensor], text: str, squeeze: Mapping[str, Any]
             many = squeeze if name == "rows" and t.numel() else {}
             chunks = {"chunks": (min(len(t), max(CHUNK // t[0].nbytes, 1)), t.shape[1])} if many else {}
             dataset = file.create_dataset(name, data=bits.numpy(), **chunks, **many)
-            dataset.attrs["emocore_dtype"] = str(t.dtype).removeprefix("torch.")
+            dataset.attrs[DTYPE] = str(t.dtype).removeprefix("torch.")
     return buffer.getvalue()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from .registers import Register
 from .shards import Draft
 from .sinks import Observed
 from .tokens import Tokens
+
+BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}  # by bytes of an element
 
 
 class Recorder(Protocol):
@@ -60,6 +63,11 @@ class Feed:
     def labels(self) -> tuple[str, ...]:
         """Names of the store's labels."""
         return self._store.labels
+
+    @property
+    def ledger_lock(self) -> threading.RLock:
+        """The store's: no commit saves the ledger while rows are counted and not handed over yet."""
+        return self._store.lock
 
     @property
     def pending_bytes(self) -> int:
@@ -134,7 +142,7 @@ class Feed:
         narrow = rows.to(dtype)
         if finite and torch.finfo(dtype).max >= torch.finfo(rows.dtype).max:
             return narrow, None
-        if bool(narrow.sum(dtype=torch.float32).isfinite()):  # which NaN and Inf never leave finite
+        if _finite(narrow):
             return narrow, None
         good = narrow.isfinite().all(1)
         if bool(good.all()):
@@ -144,10 +152,10 @@ class Feed:
         return narrow[good], good.cpu()
 
     def point(self) -> Point:
-        """The hook point as a manifest has it once the pending rows are durable."""
+        """The hook point as a manifest has it once the pending rows are durable; raises LedgerError."""
         ledger = Ledger.from_dict(self.ledger.as_dict())
         ledger.rows.add(accumulated=self.pending, pending=-self.pending)
-        ledger.rows.add(formed=-ledger.rows.missing)  # what another thread is handing over just now
+        ledger.check(f"hook point {self.hook_point!r}")
         rule = None if self.tokens is None else self.tokens.as_dict()
         dtype = str(self.dtype).removeprefix("torch.")
         return Point(self.hook_point, dtype, self.dim, rule, ledger.as_dict())
@@ -159,3 +167,13 @@ class Feed:
         if self.pending or not kept:
             self.draft = None
         self.growing, self.pending = Growing(), 0
+
+
+def _finite(rows: Tensor) -> bool:
+    """Whether all rows are finite: on a CPU by their bits, as signed and as unsigned numbers, without torch's team."""
+    if not rows.is_cpu or not rows.numel():
+        return bool(rows.isfinite().all())
+    signed, unsigned = BITS[rows.itemsize]
+    infinity = torch.tensor(torch.inf, dtype=rows.dtype).view(signed).item()
+    bits = rows.view(signed).numpy()
+    return bool(bits.max() < infinity and bits.view(unsigned).max() < infinity + (1 << 8 * rows.itemsize - 1))

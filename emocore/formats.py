@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import h5py
@@ -99,7 +99,7 @@ def _to_hdf5(tensors: dict[str, Tensor], text: str) -> bytes:
 
 def _from_hdf5(data: bytes) -> tuple[str, dict[str, Tensor]]:
     with h5py.File(io.BytesIO(data), "r") as file:
-        found = dict(_datasets(file))
+        found = dict(datasets(file))
         if sum(dataset.nbytes for dataset in found.values()) > len(data):
             raise ValueError("datasets claim more than the file holds")
         text = _array(found.pop(KEY), ["uint8"]).tobytes().decode()
@@ -117,8 +117,13 @@ def _array(dataset: h5py.Dataset, dtypes: Sequence[str]) -> np.ndarray[Any, Any]
     return np.asarray(dataset[()])
 
 
-def _datasets(group: h5py.Group, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Every dataset below `group` by name; refuses links, shared objects, and data that is not plainly in the file."""
+def datasets(
+    group: h5py.Group, filters: Collection[int] = (), prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Every dataset below `group` by name; refuses links, shared objects, and data that is not plainly in the file.
+
+    With `filters`, by number, data may also be in chunks that one of them has compressed.
+    """
     if depth > 2:
         raise ValueError(f"{prefix}: too deep")
     for key in group:
@@ -129,15 +134,22 @@ def _datasets(group: h5py.Group, prefix: str = "", depth: int = 0) -> Iterator[t
         if h5py.h5o.get_info(item.id).rc != 1:
             raise ValueError(f"{name!r} has several names")
         if isinstance(item, h5py.Group):
-            yield from _datasets(item, f"{name}/", depth + 1)
+            yield from datasets(item, filters, f"{name}/", depth + 1)
             continue
         if not isinstance(item, h5py.Dataset):
             raise ValueError(f"{name!r} is neither group nor dataset")
-        made = item.id.get_create_plist()
-        # contiguous data in the file itself: no chunks, so no filters; no external files, no views of other datasets
-        if made.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or made.get_external_count():
-            raise ValueError(f"{name!r} does not hold its own data")
+        _check_own(name, item.id.get_create_plist(), filters)
         yield name, item
+
+
+def _check_own(name: str, made: h5py.h5p.PropDCID, filters: Collection[int]) -> None:
+    """Raise ValueError unless data is in the file itself: no external files, no views of other datasets."""
+    if made.get_layout() == h5py.h5d.CHUNKED and filters:
+        used = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
+        if len(used) != 1 or used[0] not in filters:
+            raise ValueError(f"{name!r} is under filters {used}, not one of {sorted(filters)}")
+    elif made.get_layout() not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or made.get_external_count():
+        raise ValueError(f"{name!r} does not hold its own data")
 
 
 FORMATS = {

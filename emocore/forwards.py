@@ -43,7 +43,8 @@ class Staged:
     def roll_back(self) -> None:
         """Count it as never handed over."""
         n = self.selection.offered
-        self.binding.ledger.tokens.add(offered=n, rolled_back=n)
+        with self.binding.held:
+            self.binding.ledger.tokens.add(offered=n, rolled_back=n)
 
     def hand_over(self, batch: Batch) -> None:
         """Count the tokens, and give the finite ones to the sink or to the batch's pool."""
@@ -112,7 +113,8 @@ class Forward:
         """Hand over all that is staged; when a sink raises, what comes after it is rolled back."""
         for done, staged in enumerate(self.staged, 1):
             try:
-                staged.hand_over(self.batch)
+                with staged.binding.held:
+                    staged.hand_over(self.batch)
             except BaseException:
                 for rest in self.staged[done:]:
                     rest.roll_back()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,6 +13,8 @@ from .feeds import Feed
 from .manifest import Index, Rows
 from .places import packed
 from .shards import Draft
+
+SYNCS = 8  # at a time: a journal takes those that come together for the price of one
 
 
 class Sealing:
@@ -33,6 +37,15 @@ class Sealing:
             shard = Rows(feed.draft.file, place, feed.pending, 0, self.indexes[key].file)
             self._drafts.append(feed.draft)
             self.rows.append(replace(shard, crc32c=feed.draft.finish(shard.layout(feed.point()))))
+        self._sync()
+
+    def _sync(self) -> None:
+        # where no thread can be started, as when the interpreter ends, one after the other
+        with contextlib.suppress(RuntimeError), ThreadPoolExecutor(SYNCS) as pool:
+            list(pool.map(Draft.sync, self._drafts))
+            return
+        for draft in self._drafts:
+            draft.sync()
 
     def name(self) -> None:
         """Give every shard the name that the manifest will list."""

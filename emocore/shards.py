@@ -94,15 +94,18 @@ class Draft:
         return policy.offer(self._stream, rows)
 
     def finish(self, layout: Layout) -> int:
-        """Write everything to the disk, header included, and return the CRC32C of the data."""
+        """Write everything, header included, and return the CRC32C of the data; `sync` makes it durable."""
         self._stream.flush()
         os.ftruncate(self._plain, PAGE + layout.size)
         _write(self._plain, layout.header())
-        os.fsync(self._plain)
         return self._stream.crc32c
 
+    def sync(self) -> None:
+        """Make the finished file durable."""
+        os.fsync(self._plain)
+
     def seal(self) -> None:
-        """Give the finished file its name."""
+        """Give the synced file its name."""
         os.rename(self.file + OPEN, self.file, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         self._close()
 
@@ -155,12 +158,12 @@ def checksum(folder: int, file: str, layout: Layout) -> int:
 
 def check_file(folder: int, file: str, layout: Layout) -> None:
     """Raise StoreError unless `file` is a regular file of the bytes that `layout` says."""
-    with _opened(folder, file) as handle:
+    with opened(folder, file) as handle:
         _check_size(handle, _path(folder, file), layout)
 
 
 def _data(folder: int, file: str, layout: Layout) -> Tensor:
-    with _opened(folder, file) as handle:
+    with opened(folder, file) as handle:
         _check_size(handle, _path(folder, file), layout)
         if os.pread(handle, PAGE, 0) != layout.header():
             raise StoreError(
@@ -189,7 +192,7 @@ def _path(folder: int, file: str) -> str:
 
 
 @contextlib.contextmanager
-def _opened(folder: int, file: str) -> Iterator[int]:
+def opened(folder: int, file: str) -> Iterator[int]:
     """A handle of a file in `folder`, or in a folder of it, that no link leads to."""
     with contextlib.ExitStack() as stack:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -22,7 +23,8 @@ class Sink(Protocol):
 
     A sink that has `absorb(rows, ids, norms)` gets the token norms too and counts its rows itself; one that has
     `observe(observed)` gets whose every row is, and pooled rows only where its `pools` is true; one that has `settle()`
-    is told when no forward is half handed over. What has `at(hook_point)` gives each hook point a sink of its own.
+    is told when no forward is half handed over; one that has a re-entrant `ledger_lock` finds it held whenever its
+    ledger does not add up. What has `at(hook_point)` gives each hook point a sink of its own.
     """
 
     def update(self, x: Tensor, labels: Any = None) -> None:
@@ -66,6 +68,11 @@ class Binding:
     def observes(self) -> bool:
         """Whether the sink follows sequences."""
         return hasattr(self.sink, "observe")
+
+    @property
+    def held(self) -> contextlib.AbstractContextManager[object]:
+        """To be held from counting to having handed over: others may save the sink's ledger meanwhile."""
+        return getattr(self.sink, "ledger_lock", None) or contextlib.nullcontext()
 
     def hand_over(self, rows: Tensor | Observed, ids: Tensor | None, norms: Tensor) -> None:
         """Give formed, finite rows to the sink; those that it refuses by raising are counted as dropped.

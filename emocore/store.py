@@ -22,6 +22,7 @@ from .directions import ByHookPoint, Directions
 from .errors import ArgumentError, StoreError, said
 from .exporting import to_hdf5
 from .formats import FORMATS, MAX_TEXT, Format, parse
+from .importing import from_hdf5
 from .joining import join
 from .moments import Moments
 from .precision import FLOATS
@@ -30,7 +31,7 @@ from .replaying import activations
 from .sums import Sums
 from .tokens import Tokens
 
-__all__ = ["Audit", "join", "load", "save", "to_hdf5", "verify"]
+__all__ = ["Audit", "from_hdf5", "join", "load", "save", "to_hdf5", "verify"]
 
 FORMAT = 1
 MAX_BYTES = 1 << 36  # of a file, before it is read

@@ -47,6 +47,8 @@ FLOORS = [
         "auditing",
         "joining",
         "exporting",
+        "unpacking",
+        "importing",
         "store",
     ],
     ["emotions", "integrations"],

@@ -1,6 +1,9 @@
 """The activation store: what is captured is read again, with its places and its ledger; commits, resumes, policies."""
 
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ import torch
 from torch import Tensor
 
 from emocore import ActivationStore, Tokens, activations, capture, store
-from emocore.errors import ArgumentError, LabelError, ShapeError, StoreError
+from emocore.errors import ArgumentError, LabelError, LedgerError, ShapeError, StoreError
+from emocore.feeds import Feed
 from emocore.ring import Ring, sample
+from emocore.sinks import Observed
 
 BLOCKS = "layers.*"
 
@@ -400,3 +405,52 @@ def test_bad_rows(tmp_path: Path) -> None:
 def test_one_store_at_one_hook_point_under_two_rules_is_refused(tokenwise, tmp_path: Path) -> None:
     with ActivationStore(tmp_path) as kept, pytest.raises(ArgumentError, match="bound twice"):
         capture(tokenwise(), "layers.0", lambda: [(kept, Tokens()), (kept, Tokens(skip=1))])
+
+
+# --- counts, while others commit
+
+
+def test_a_commit_while_rows_are_handed_over(tokenwise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for what a capture has counted and not handed over yet, and its manifest adds up."""
+    model = tokenwise()
+    ids, mask = batch(4, 4)
+    observe, begun = Feed.observe, threading.Event()
+
+    def slowly(feed: Feed, observed: Observed) -> None:
+        begun.set()
+        time.sleep(0.1)
+        observe(feed, observed)
+
+    with ActivationStore(tmp_path) as kept, capture(model, BLOCKS, kept), ThreadPoolExecutor(1) as other:
+        model(ids, mask)
+        monkeypatch.setattr(Feed, "observe", slowly)
+        number = other.submit(lambda: begun.wait() and kept.commit())
+        model(ids, mask)
+        assert number.result() == 1
+    assert store.verify(tmp_path).rows == 32
+
+
+def test_a_ledger_that_does_not_add_up_is_not_saved(tmp_path: Path) -> None:
+    kept = ActivationStore(tmp_path)
+    kept.at("a").update(randn(3, 4))
+    kept.commit()
+    kept.at("a").ledger.rows.add(formed=1)
+    for end in (kept.commit, kept.close):
+        with pytest.raises(LedgerError, match=r"hook point 'a': rows: counts do not add up.*formed 4"):
+            end()
+    assert store.verify(tmp_path).rows == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_number_that_is_not_finite_is_found(dtype: torch.dtype, tmp_path: Path) -> None:
+    """All bit patterns of 16 bits; of 32, those with all 16 upper ones."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
+    x = bits.mul(1 << 16).view(dtype) if dtype.itemsize == 4 else bits.to(torch.int16).view(dtype)
+    good = x.isfinite()
+    with ActivationStore(tmp_path, shard_bytes=1 << 40) as kept:
+        feed = kept.at("a")
+        feed.update(x[good].unsqueeze(1))
+        for one in x[~good].reshape(-1, 1, 1):
+            feed.update(one)
+        rows = kept.ledger["a"].rows
+        assert (rows.nonfinite, rows.pending) == (int((~good).sum()), int(good.sum()))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,35 @@ def test_a_fork_takes_nothing_and_harms_nothing(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], check=True, timeout=60)
     assert activations(tmp_path)["a"].rows[:, 0].tolist() == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["threads", "the interpreter ends"])
+def test_every_shard_is_durable_before_any_is_named(
+    threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[tuple[str, str]] = []
+
+    def watched(name: str, call: Any) -> Any:
+        def does(what: Any, *args: Any, **options: Any) -> Any:
+            did.append((name, os.path.basename(os.readlink(f"/proc/self/fd/{what}") if name == "fsync" else what)))
+            return call(what, *args, **options)
+
+        return does
+
+    def refuses(*args: Any) -> None:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    with ActivationStore(tmp_path) as kept:
+        for name in "abcdefghij":
+            kept.at(name).update(rows(0, 10))
+        for name in ("fsync", "rename"):
+            monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
+        if not threads:
+            monkeypatch.setattr(ThreadPoolExecutor, "submit", refuses)
+        kept.commit()
+        files = {f"{shard.file}.open" for shard in kept._manifest.rows} | {"index-00000000-000.safetensors.open"}
+        first = next(i for i, (what, _) in enumerate(did) if what == "rename")
+        last = max(i for i, (what, _) in enumerate(did) if what == "rename")
+        assert {name for what, name in did[:first]} == files
+        assert {name for what, name in did[first : last + 1]} == files
+        assert did[last + 1] == ("fsync", tmp_path.name)
