@@ -1,4 +1,4 @@
-"""Rows to durable files and back: against the rate of the volume itself, and what others write with: G13."""
+"""Rows to durable files and back: against the rate of the volume, what others write with, and a model alone: G13."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,11 +18,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from emocore import ActivationStore, activations
+from emocore import ActivationStore, activations, capture
 from emocore.ring import Ring
 
-from .bars import faster
-from .harness import Contender
+from .bars import faster, slows
+from .bench_model import llama
+from .collectors import PLAIN, Subject
+from .harness import Contender, unchecked
 from .machine import Machine
 from .ours import OURS
 from .results import Case, Work
@@ -92,8 +95,9 @@ class Kept(Volume):
 
 @pytest.mark.parametrize("points", [1, 16])
 def test_write(race, machine: Machine, seed: int, points: int, tmp_path: Path) -> None:
-    """A quarter of a gigabyte of bfloat16 rows, durable when the call returns."""
-    rows, dim = machine.scale.rows(65_536, tiny=128), machine.scale.dim(2048)
+    """A quarter of a gigabyte of bfloat16 rows, less in a quick run, durable when the call returns."""
+    quick = machine.scale.name == "quick"
+    rows, dim = machine.scale.rows(16_384 if quick else 65_536, tiny=128), machine.scale.dim(2048)
     x = on_pages(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)).bfloat16())
     case = Case(
         op="store",
@@ -115,7 +119,12 @@ def test_write(race, machine: Machine, seed: int, points: int, tmp_path: Path) -
             one("torch.save", lambda path, x: torch.save(x, path), torch.load),
             one("h5py", write_hdf5, read_hdf5),
         ]
-        race(case, contenders, [x], lambda given: given.double())
+        race(case, contenders, [x], lambda given: given, error=changed)
+
+
+def changed(found: Tensor, right: Tensor) -> float:
+    """1 where anything is not as it was: in float64, rows of this size would take gigabytes."""
+    return float(not torch.equal(found, right))
 
 
 def on_pages(x: Tensor) -> Tensor:
@@ -160,7 +169,7 @@ def sync(path: Path) -> None:
 
 def test_read(race, machine: Machine, seed: int, tmp_path: Path) -> None:
     """32 sequences of 128 rows, anywhere in a file that the page cache holds, each copied to memory of its own."""
-    rows, dim = machine.scale.rows(32_768, tiny=512), machine.scale.dim(2048)
+    rows, dim = machine.scale.rows(8192 if machine.scale.name == "quick" else 32_768, tiny=512), machine.scale.dim(2048)
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, dim, generator=g).bfloat16()
     with ActivationStore(tmp_path / "store") as store:
@@ -192,3 +201,64 @@ def test_read(race, machine: Machine, seed: int, tmp_path: Path) -> None:
     )
     contenders = [Contender(OURS, ours), Contender("numpy.memmap", numpy)]
     race(case, contenders, inputs, lambda starts: torch.stack([x[s : s + 128] for s in starts]).double())
+
+
+class Recording(Kept):
+    """Every layer of a model recorded: forwards, and a commit that makes their rows durable."""
+
+    def __init__(self, root: Path, ring: Ring, subject: Subject, forwards: int) -> None:
+        super().__init__(root, len(subject.names), ring)
+        self._subject, self._forwards = subject, forwards
+
+    @contextlib.contextmanager
+    def fresh(self) -> Iterator[None]:
+        """A new store, and hooks on."""
+        with super().fresh(), capture(self._subject.model, dict.fromkeys(self._subject.names, self.store)):
+            yield
+
+    def call(self, _: Any = None) -> None:
+        """The forwards and the commit."""
+        self.plain()
+        self.store.commit()
+
+    def plain(self, _: Any = None) -> None:
+        """The forwards."""
+        for _ in range(self._forwards):
+            self._subject.forward()
+
+    def outputs(self) -> Tensor:
+        """What the layers say in all forwards, [layers, rows, D], by plain hooks."""
+        found: dict[str, list[Tensor]] = {name: [] for name in self._subject.names}
+        handles = [
+            self._subject.model.get_submodule(name).register_forward_hook(
+                lambda module, args, output, kept=kept: kept.append(output.flatten(0, 1).clone())
+            )
+            for name, kept in found.items()
+        ]
+        self.plain()
+        for handle in handles:
+            handle.remove()
+        return torch.cat([torch.cat(kept) for kept in found.values()])
+
+
+@pytest.mark.once
+def test_capture(race, machine: Machine, seed: int, tmp_path: Path) -> None:
+    """All layers of a small model to disk, commit included, beside the model alone."""
+    subject, forwards = llama(machine, False, seed), {"tiny": 1, "quick": 2}.get(machine.scale.name, 4)
+    sequences, tokens = subject.inputs["input_ids"].shape
+    rows = forwards * sequences * tokens
+    case = Case(
+        op="store",
+        name=f"record {len(subject.names)} layers of {forwards} forwards {sequences} x {tokens}",
+        dtype="bfloat16",
+        rows=rows,
+        dim=subject.dim,
+        bound=0.0,
+        bars=(slows("G13", 0.10, PLAIN),),
+        baseline=PLAIN,
+        hides_launch=False,
+    )
+    with Ring(slots=2 * len(subject.names), slot_bytes=1 << 20) as ring:
+        kept = Recording(tmp_path, ring, subject, forwards)
+        contenders = [Contender(OURS, kept.call, kept.check, kept.fresh), Contender(PLAIN, kept.plain, unchecked)]
+        race(case, contenders, [None], lambda _: kept.outputs(), error=changed)
