@@ -50,7 +50,7 @@ def test_scores(race, machine: Machine, seed: int, kind: str, k: int, dtype: tor
     x, name = torch.randn(rows, dim, generator=g).to(dtype), str(dtype).removeprefix("torch.")
     case = Case(
         op="project",
-        name=f"{kind} {name} K={k}",
+        name=f"project {kind} {name} K={k}",
         dtype=name,
         rows=rows,
         dim=dim,
