@@ -467,7 +467,7 @@ def test_a_quick_run_leaves_out_what_takes_long() -> None:
         for scale in ("quick", "full")
     )
     left = [line for line in full if "::" in line and line not in quick]
-    long, once = {"test_gram_of_bfloat16", "test_update"}, {"test_minilm", "test_llama"}
+    long, once = {"test_gram_of_bfloat16", "test_update"}, {"test_minilm", "test_llama", "test_capture"}
     assert {line.split("::")[1].split("[")[0] for line in left} == long | once
     assert all("-4096-" in line or "-1024-" in line or "2 threads" in line for line in left)
     assert any("test_llama[1 thread-" in line for line in quick)
