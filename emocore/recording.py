@@ -163,8 +163,11 @@ class ActivationStore:
                 picked = picked if good is None else picked[good]
                 feed.ledger.rows.add(sampled_out=len(rows) - int(picked.sum()))
                 rows, where = rows[picked.to(rows.device)], where[picked]
-            if len(rows):
-                self._append(feed, rows, where)
+            try:
+                if len(rows):
+                    self._append(feed, rows, where)
+            finally:
+                self._register.forget()
 
     def _append(self, feed: Feed, rows: Tensor, where: Tensor) -> None:
         try:
@@ -178,6 +181,7 @@ class ActivationStore:
         feed.ledger.rows.add(pending=offered.taken, dropped=offered.dropped)
         if offered.taken:
             self._place(feed, where[: offered.taken])
+            self._register.keep(where[: offered.taken])
             feed.pending += offered.taken
             self._full |= feed.pending_bytes >= self._shard_bytes or feed.pending >= self._shard_rows
 
@@ -254,7 +258,7 @@ class ActivationStore:
     def _next_shards(self, kept: bool) -> None:
         for feed in self._placed:
             feed.begin_shard(kept)
-        self._register.requests.clear()
+        self._register.clear()
         self._number += 1
         self._full = False
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .places import table
+from .places import COLUMNS, table
 from .sinks import Observed
 
 
@@ -19,6 +19,7 @@ class Register:
     def __init__(self, sequences: int, rank: int, world: int) -> None:
         self.sequences = sequences  # numbered so far
         self.requests: dict[str, int] = {}
+        self._kept = 0  # so many of the first requests
         self._rank, self._world = rank, world
         self._first: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # by batch
 
@@ -37,6 +38,20 @@ class Register:
         if sequence is not None and n:
             self.sequences = max(self.sequences, int(sequence.max()) // self._world + 1)
         return table(n, request=None if requests is None else self._requests(requests), **columns)
+
+    def keep(self, where: Tensor) -> None:
+        """The rows at these places [n, 5] are stored."""
+        self._kept = max(self._kept, int(where[:, COLUMNS.index("request")].max()) + 1)
+
+    def forget(self) -> None:
+        """Forget requests that came last and have no stored row: where rows are dropped, there may be ever more."""
+        while len(self.requests) > self._kept:
+            self.requests.popitem()
+
+    def clear(self) -> None:
+        """Begin the next shards, without requests."""
+        self.requests.clear()
+        self._kept = 0
 
     def _requests(self, names: Sequence[str]) -> Tensor:
         ids = [self.requests.setdefault(str(name), len(self.requests)) for name in names]

@@ -407,6 +407,17 @@ def test_one_store_at_one_hook_point_under_two_rules_is_refused(tokenwise, tmp_p
         capture(tokenwise(), "layers.0", lambda: [(kept, Tokens()), (kept, Tokens(skip=1))])
 
 
+def test_requests_of_rows_that_are_not_stored_are_forgotten(tmp_path: Path) -> None:
+    """Else they would fill the memory where a disk stands still."""
+    with ActivationStore(tmp_path, policy=sample(0.1, seed=1)) as kept:
+        for i in range(300):
+            kept.at("a").update(torch.full((1, 2), float(i)), requests=[f"request {i}"])
+            assert len(kept._register.requests) <= kept.ledger["a"].rows.pending
+    view = activations(tmp_path)["a"]
+    assert 10 < len(view) < 60
+    assert [view.places.names[i] for i in view.places.request] == [f"request {int(x)}" for x in view.rows[:, 0]]
+
+
 # --- counts, while others commit
 
 

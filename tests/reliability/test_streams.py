@@ -20,7 +20,7 @@ SAMPLE = {"p": 0.5, "seed": 3}
 @pytest.mark.parametrize("policy", ["block", "drop", "sample"])
 def test_a_disk_slower_than_the_rows(policy: str, share: float, driver: Any, scale: Any, memory: Path) -> None:
     more = {"sample": SAMPLE} if policy == "sample" else {"policy": policy}
-    order = {"path": memory / "kept", "rate": RATE, "share": share, "seconds": scale(0.4, 20.0)}
+    order = {"path": memory / "kept", "rate": RATE, "share": share, "seconds": scale(0.4, 8.0)}
     (said,), status = driver.run("starve", **order, **more)
     assert status == 0
     counts = said["rows"]
