@@ -28,7 +28,7 @@ from .shapes import SCALES, Scale
 ROOT = Path(__file__).resolve().parent.parent
 HEAD_START = 2_000_000  # cycles, about a millisecond, that the device sleeps while the host queues a call
 # A library's threads look for more work before they sleep, OpenBLAS's for 2^26 cycles, and so take the next one's core.
-IDLE = 0.03  # seconds before a call, until all of them sleep
+IDLE = 0.2  # seconds before a call, until all of them sleep
 LONG = 0.1  # seconds, of which waking one's own threads is no part worth a second call
 
 # The libraries of the extra `peers`.
