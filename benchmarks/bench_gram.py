@@ -31,7 +31,7 @@ def triangle(rows: int, dim: int) -> float:
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("dim", [384, 768, 2048])
+@pytest.mark.parametrize("dim", [384, 768, pytest.param(2048, marks=pytest.mark.long)])
 def test_gram(race, machine: Machine, seed: int, dim: int) -> None:
     """The op on float32 rows: the CPU's kernel."""
     rows = machine.scale.rows(8192)

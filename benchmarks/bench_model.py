@@ -66,7 +66,6 @@ def llama(machine: Machine, covariance: bool, seed: int) -> Subject:
 
 
 @pytest.mark.cpu
-@pytest.mark.once
 @WHAT
 def test_minilm(race, machine: Machine, seed: int, covariance: bool) -> None:
     """A real encoder in float32."""
@@ -75,7 +74,6 @@ def test_minilm(race, machine: Machine, seed: int, covariance: bool) -> None:
 
 
 @pytest.mark.cpu
-@pytest.mark.once
 @WHAT
 def test_llama(race, machine: Machine, seed: int, covariance: bool) -> None:
     """A decoder of many blocks in bfloat16: what one layer costs, and what all."""

@@ -55,7 +55,11 @@ def test_add(race, machine: Machine, seed: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)],
+    ids=["float32", "bfloat16"],
+)
 @pytest.mark.parametrize("mode", HOST_MODES)
 def test_mode_in_place(race, machine: Machine, seed: int, mode: str, dtype: torch.dtype) -> None:
     """Every mode on the CPU, in place, against the chain of ops that does the same, eager and compiled: G15."""

@@ -241,7 +241,6 @@ class Recording(Kept):
         return torch.cat([torch.cat(kept) for kept in found.values()])
 
 
-@pytest.mark.once
 def test_capture(race, machine: Machine, seed: int, tmp_path: Path) -> None:
     """All layers of a small model to disk, commit included, beside the model alone."""
     subject, forwards = llama(machine, False, seed), {"tiny": 1, "quick": 2}.get(machine.scale.name, 4)

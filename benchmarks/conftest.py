@@ -62,7 +62,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: a case of a CPU")
     config.addinivalue_line("markers", "alike: cases that differ in size alone; a dry run takes the first of them")
     config.addinivalue_line("markers", "long: a case that a quick run leaves out")
-    config.addinivalue_line("markers", "once: a case that a quick run times on the fewest threads alone")
     dry = config.getoption("--dry")
     if dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
@@ -106,10 +105,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_left_out(item: pytest.Item) -> bool:
-    """Whether a quick run does without it."""
-    counts = _counts(item.config)
-    twice = item.callspec.params["threads"] != counts[0]
-    return bool(item.get_closest_marker("long")) or (twice and bool(item.get_closest_marker("once")))
+    """Whether a quick run does without it: what takes long, and all but grams on more than the fewest threads."""
+    twice = item.callspec.params["threads"] != _counts(item.config)[0]
+    return bool(item.get_closest_marker("long")) or (twice and item.path.stem != "bench_gram")
 
 
 def _counts(config: pytest.Config) -> list[int]:
