@@ -14,6 +14,7 @@ class Header(IntEnum):
     GOES_ON = 3  # the batch's earlier forwards count: a token shown again is reseen
     UNMASKED = 4  # nothing says which tokens of the open forward are real
     LABELS = 5  # where the labels come from, a Source
+    BATCH = 6  # the number of the open batch, 0 where none is
 
 
 class Station(IntEnum):
@@ -33,6 +34,7 @@ class Station(IntEnum):
     RESEEN = 11
     NONFINITE = 12
     ROLLED_BACK = 13
+    DROPPED = 14  # selected rows of forwards for which there was no room
 
 
 class Tally(IntEnum):
@@ -43,6 +45,18 @@ class Tally(IntEnum):
     MASKED = 2
     SKIPPED = 3
     RESEEN = 4
+
+
+class Place(IntEnum):
+    """Words of a row that is on its way from the device to a store: whose it is."""
+
+    BATCH = 0  # as in the header
+    FORWARD = 1  # forwards committed before its own
+    SEQUENCES = 2  # of the forward
+    SEQUENCE = 3
+    RANK = 4
+    TOKEN = 5  # -1 where the model is shown none
+    LABEL = 6
 
 
 class Source(IntEnum):
@@ -59,6 +73,8 @@ class Fault(IntEnum):
     MISSED = 1  # a hook point did not fire as declared
     PADDING = 2  # padding ids, and no mask
     UNLABELLED = 4  # labels are needed, and no batch is open
+    OVERRUN = 8  # rows were written over others that had not been fetched
 
 
 WIDTH = 16  # words of a station, and of the header
+PLACE_WIDTH = 8  # words of a row's place

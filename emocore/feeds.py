@@ -76,8 +76,8 @@ class Feed:
 
     def observe(self, observed: Observed) -> None:
         """Take rows that a capture has formed and counted; raises StoreError, BackpressureError, ShapeError."""
-        finite = observed.batch is not None
-        self._store.take(self, observed.rows, finite, lambda register: register.places(observed))
+        finite = observed.whose.batch is not None
+        self._store.take(self, observed.rows, finite, lambda register: register.places(observed.whose))
 
     def settle(self) -> None:
         """Commit where a shard is full: no forward is half handed over."""

@@ -14,7 +14,7 @@ from . import ops
 from .batches import Batch, Call
 from .errors import ArgumentError, ShapeError
 from .pooling import Pool
-from .sinks import Binding, Observed
+from .sinks import Binding, Observed, Whose
 from .tokens import (
     Layout,
     Selection,
@@ -46,8 +46,11 @@ class Staged:
         with self.binding.held:
             self.binding.ledger.tokens.add(offered=n, rolled_back=n)
 
-    def hand_over(self, batch: Batch) -> None:
-        """Count the tokens, and give the finite ones to the sink or to the batch's pool."""
+    def hand_over(self, batch: Batch, known: dict[tuple[object, ...], Whose]) -> None:
+        """Count the tokens, and give the finite ones to the sink or to the batch's pool.
+
+        `known` says whose they are, as far as earlier hook points have asked.
+        """
         binding, selection, good = self.binding, self.selection, self.finite
         bad = len(good) - int(good.sum())
         binding.ledger.tokens.add(
@@ -68,13 +71,20 @@ class Staged:
         ids = self.ids if self.ids is None or not bad else self.ids[good]
         norms = self.norms[selection.counted & good]
         if binding.observes:
-            rank = self.layout.rank[selection.index][good]
-            sequence, several = selection.sequence[good], self.layout.sequences
-            tokens = None if self.tokens is None else self.tokens[selection.index][good]
-            observed = Observed(binding.hook_point, rows, sequence, rank, several, batch.requests, ids, tokens, batch)
-            binding.hand_over(observed, None, norms)
+            key = (id(selection), binding.labels)
+            whose = self._whose(batch, good, ids) if bad or key not in known else known[key]
+            if not bad:
+                known[key] = whose
+            binding.hand_over(Observed(binding.hook_point, rows, whose), None, norms)
         else:
             binding.hand_over(rows, ids, norms)
+
+    def _whose(self, batch: Batch, good: Tensor, ids: Tensor | None) -> Whose:
+        selection = self.selection
+        rank = self.layout.rank[selection.index][good]
+        tokens = None if self.tokens is None else self.tokens[selection.index][good]
+        sequence, several = selection.sequence[good], self.layout.sequences
+        return Whose(sequence, rank, several, batch.requests, ids, tokens, batch)
 
 
 class Forward:
@@ -111,10 +121,11 @@ class Forward:
 
     def commit(self) -> None:
         """Hand over all that is staged; when a sink raises, what comes after it is rolled back."""
+        known: dict[tuple[object, ...], Whose] = {}
         for done, staged in enumerate(self.staged, 1):
             try:
                 with staged.binding.held:
-                    staged.hand_over(self.batch)
+                    staged.hand_over(self.batch, known)
             except BaseException:
                 for rest in self.staged[done:]:
                     rest.roll_back()

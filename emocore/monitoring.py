@@ -66,14 +66,14 @@ class Watcher:
             k, alarms = len(self.vectors), len(self.rules)
             self.tracks = Tracks(k, alarms, m.alpha, m.window, m.history, m.max_sequences)
         z = self.vectors.score(observed.rows, kind="z").double().cpu()
-        present, which, n = observed.sequence.unique(return_inverse=True, return_counts=True)
+        present, which, n = observed.whose.sequence.unique(return_inverse=True, return_counts=True)
         order = which.argsort(stable=True)
         place = torch.arange(len(order)) - (n.cumsum(0) - n)[which[order]]
         padded = z.new_zeros(len(n), int(n.max()), z.shape[1])
         padded[which[order], place] = z[order]
-        rank = observed.rank[order]
+        rank = observed.whose.rank[order]
         first, last = rank[n.cumsum(0) - n].tolist(), rank[n.cumsum(0) - 1].tolist()
-        names = [self._name(*one, observed.requests) for one in zip(present.tolist(), first, last, strict=True)]
+        names = [self._name(*one, observed.whose.requests) for one in zip(present.tolist(), first, last, strict=True)]
         self._advance(names, padded, n)
 
     def _name(self, row: int, first: int, last: int, requests: Sequence[str] | None) -> str:

@@ -112,6 +112,40 @@ def place_labels_ref(
     header[Header.ERRORS] |= (source == Source.NONE) * Fault.UNLABELLED
 
 
+def place_rows_ref(
+    header: Tensor,
+    given: Tensor,
+    labelled: bool,
+    dest: Tensor,
+    rank: Tensor,
+    sequence: Tensor,
+    tokens: Tensor,
+    sequences: int,
+    cursor: Tensor,
+    places: Tensor,
+) -> None:
+    """Write the words (control.Place) of the kept positions to the ring places [cap, 8]: whose their rows are.
+
+    Labels come from `given`, by sequence or by position. One that comes to stand where another row was not fetched yet
+    is Fault.OVERRUN: cursor [2] is (committed, fetched).
+    """
+    lane = torch.arange(len(dest), device=dest.device)
+    row, capacity = cursor[0] + dest, len(places)
+    at = torch.where(dest >= 0, row % capacity, capacity)
+    source = header[Header.LABELS]
+    where = torch.where(source == Source.SEQUENCE, sequence.long(), lane)
+    known = (source != Source.NONE) & (where < len(given)) & bool(labelled)
+    label = torch.where(known, given[where.clamp_max(len(given) - 1)], -1)
+    every = torch.ones_like(lane)
+    words = [header[Header.BATCH] * every, header[Header.FORWARDS] * every, every * sequences]
+    words += [sequence, rank, tokens, label]
+    padded = torch.cat([places, places[:1]])
+    padded[at, : len(words)] = torch.stack([w.long() for w in words], 1).to(places.dtype)
+    places.copy_(padded[:-1])
+    over = ((dest >= 0) & (row - cursor[1] >= capacity)).any()
+    header[Header.ERRORS] |= over * Fault.OVERRUN | (source == Source.NONE) * bool(labelled) * Fault.UNLABELLED
+
+
 def commit_ref(plan: Any, leaders: Tensor, cursors: Tensor) -> None:
     """Close the forward: where every hook point fired as declared, cursors [G, 2] and ledgers advance, else nothing is
     committed and Fault.MISSED is set. Group g follows the firing and the rule of hook point leaders[g]."""

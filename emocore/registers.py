@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .places import COLUMNS, table
-from .sinks import Observed
+from .sinks import Whose
 
 
 class Register:
@@ -22,15 +22,21 @@ class Register:
         self._kept = 0  # so many of the first requests
         self._rank, self._world = rank, world
         self._first: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # by batch
+        self._last: tuple[Whose, Tensor] | None = None  # asked for, and answered
 
-    def places(self, observed: Observed) -> Tensor:
-        """Whose the rows are, as a table [N, 5]."""
+    def places(self, whose: Whose) -> Tensor:
+        """Whose the rows are, as a table [N, 5] that nobody changes."""
+        if self._last is None or self._last[0] is not whose:
+            self._last = whose, self._table(whose)
+        return self._last[1]
+
+    def _table(self, whose: Whose) -> Tensor:
         sequence = None
-        if observed.batch is not None:
-            sequence = (self._number(observed) + observed.sequence) * self._world + self._rank
-        request = None if observed.requests is None else self._requests(observed.requests)[observed.sequence]
-        columns = {"sequence": sequence, "request": request, "position": observed.rank}
-        return table(len(observed.rows), **columns, token=observed.tokens, label=observed.ids)
+        if whose.batch is not None:
+            sequence = (self._number(whose) + whose.sequence) * self._world + self._rank
+        request = None if whose.requests is None else self._requests(whose.requests)[whose.sequence]
+        columns = {"sequence": sequence, "request": request, "position": whose.rank}
+        return table(len(whose), **columns, token=whose.tokens, label=whose.ids)
 
     def given(self, n: int, requests: Sequence[str] | None, columns: Mapping[str, Tensor | None]) -> Tensor:
         """Places [n, 5] of rows whose numbers are known; sequences that come later get others."""
@@ -47,20 +53,21 @@ class Register:
         """Forget requests that came last and have no stored row: where rows are dropped, there may be ever more."""
         while len(self.requests) > self._kept:
             self.requests.popitem()
+            self._last = None
 
     def clear(self) -> None:
         """Begin the next shards, without requests."""
         self.requests.clear()
-        self._kept = 0
+        self._kept, self._last = 0, None
 
     def _requests(self, names: Sequence[str]) -> Tensor:
         ids = [self.requests.setdefault(str(name), len(self.requests)) for name in names]
         return torch.tensor(ids, dtype=torch.long)
 
-    def _number(self, observed: Observed) -> int:
+    def _number(self, whose: Whose) -> int:
         """That of a batch's first sequence, the same in every forward of it and at every hook point."""
-        first = self._first.get(observed.batch)
+        first = self._first.get(whose.batch)
         if first is None:
-            first = self._first[observed.batch] = self.sequences
-            self.sequences += observed.sequences
+            first = self._first[whose.batch] = self.sequences
+            self.sequences += whose.sequences
         return first

@@ -32,15 +32,14 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Observed:
-    """Finite rows [N, D] of one hook point in one forward, with their sequence [N] in the batch and their rank [N].
+class Whose:
+    """Whose N rows are: of which of the batch's `sequences` [N], and of which rank in it [N]; -1 for a pooled row.
 
-    A pooled row has rank -1. `ids` [N] are label ids where the sink keeps labels, `tokens` [N] token ids where the
-    model was shown any; `batch` is the same object in every forward of a batch, None outside of captures.
+    `ids` [N] are label ids where the sink keeps labels, `tokens` [N] token ids where the model was shown any; `batch` is
+    the same object in every forward of a batch, None outside of captures. Hook points whose rows are of the same tokens
+    may be given the same object.
     """
 
-    hook_point: str
-    rows: Tensor
     sequence: Tensor
     rank: Tensor
     sequences: int
@@ -48,6 +47,18 @@ class Observed:
     ids: Tensor | None = None
     tokens: Tensor | None = None
     batch: object = None
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """Finite rows [N, D] of one hook point in one forward, and whose they are."""
+
+    hook_point: str
+    rows: Tensor
+    whose: Whose
 
 
 @dataclass(eq=False)
@@ -111,9 +122,8 @@ class Binding:
             rows: Tensor | Observed = pooled.rows
             if self.observes:
                 rank, several = torch.full_like(pooled.sequence, -1), pooled.sequences
-                rows = Observed(
-                    self.hook_point, pooled.rows, pooled.sequence, rank, several, requests, ids, batch=batch
-                )
+                whose = Whose(pooled.sequence, rank, several, requests, ids, batch=batch)
+                rows = Observed(self.hook_point, pooled.rows, whose)
             self.hand_over(rows, ids, pooled.norms)
             if pooled.norm_count and hasattr(self.sink, "count_norms"):
                 self.sink.count_norms(pooled.norm_sum, pooled.norm_count)

@@ -111,8 +111,8 @@ def test_a_sink_that_follows_sequences_gets_their_ranks_and_requests(tokenwise) 
     ):
         model(IDS[:2], mask)
     (seen,) = watching.seen
-    assert (seen.hook_point, seen.sequences, seen.requests) == ("layers.0", 2, ["x", "y"])
-    assert (seen.sequence.tolist(), seen.rank.tolist()) == ([0, 0], [1, 2])
+    assert (seen.hook_point, seen.whose.sequences, seen.whose.requests) == ("layers.0", 2, ["x", "y"])
+    assert (seen.whose.sequence.tolist(), seen.whose.rank.tolist()) == ([0, 0], [1, 2])
     assert seen.rows.shape == (2, 5)
     settle(tap, 8, 2)
     assert tap.ledger["layers.0"].rows.accumulated == 2

@@ -13,7 +13,7 @@ from emocore.calibration import Calibration, StreamReference
 from emocore.directions import Directions
 from emocore.errors import ArgumentError, CalibrationError, LedgerError, ShapeError
 from emocore.monitoring import Monitor, Watcher, monitor
-from emocore.sinks import Observed
+from emocore.sinks import Observed, Whose
 from emocore.watching import Rule, Watch
 
 POINTS = ("p", "q")
@@ -96,8 +96,8 @@ class Host:
                 sequence += [b] * int(there.sum())
                 at += z.shape[1] + 1
             which = torch.tensor(sequence, dtype=torch.long)
-            seen = Observed(point, torch.cat(rows).double(), which, torch.arange(len(which)), len(parts), list(parts))
-            self.watchers[point].observe(seen)
+            whose = Whose(which, torch.arange(len(which)), len(parts), list(parts))
+            self.watchers[point].observe(Observed(point, torch.cat(rows).double(), whose))
 
 
 def ordered(alarms: Sequence[Alarm]) -> list[Alarm]:

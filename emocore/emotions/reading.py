@@ -135,7 +135,7 @@ def read(
                     kind = "z" if directions.calibration else "centered"
                     scores = directions.score(seen.rows, kind=kind).cpu()
                     for row, place in enumerate(batch.places):
-                        found[name][place] = scores[seen.sequence == row]
+                        found[name][place] = scores[seen.whose.sequence == row]
     finally:
         model.train(was_training)
     pieces = tuple(tuple(_pieces(text, one)) for text, one in zip(texts, encoded, strict=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emocore import control, ops
-from emocore.control import Fault, Header, Source, Station, Tally
+from emocore.control import Fault, Header, Place, Source, Station, Tally
 from emocore.kernels import _control as words
 from emocore.plans import Plan, Plans
 from emocore.tokens import Tokens
@@ -53,17 +53,21 @@ def spans(b: int) -> list[dict[str, list[tuple[int, int]]]]:
 def test_words_are_those_of_control() -> None:
     assert words.WIDTH.value == control.WIDTH
     assert words.TALLIES.value == len(Tally)
+    assert words.PLACE_WIDTH.value == control.PLACE_WIDTH
     for name, word in [
         ("OPEN", Header.OPEN),
         ("FORWARDS", Header.FORWARDS),
         ("ERRORS", Header.ERRORS),
         ("GOES_ON", Header.GOES_ON),
         ("UNMASKED", Header.UNMASKED),
+        ("LABELS", Header.LABELS),
+        ("BATCH", Header.BATCH),
         ("COMMITTED", Station.FORWARDS),
         ("COMMITTED_UNMASKED", Station.UNMASKED),
         *((s.name, s) for s in Station if s.name not in ("FORWARDS", "UNMASKED")),
         *((f"TALLY_{t.name}", t) for t in Tally),
         *((f"FAULT_{f.name}", f) for f in Fault),
+        *((f"PLACE_{p.name}", p) for p in Place),
         ("SOURCE_NONE", Source.NONE),
         ("SOURCE_SEQUENCE", Source.SEQUENCE),
     ]:
@@ -248,6 +252,38 @@ def test_place_labels(device, source: Source) -> None:
     }
     assert found[0][0] == expected[source]
     assert found[0][1][Header.ERRORS] == (Fault.UNLABELLED if source == Source.NONE else 0)
+
+
+@pytest.mark.parametrize("fetched", [1, 2])
+@pytest.mark.parametrize("source", list(Source))
+@pytest.mark.parametrize("labelled", [False, True])
+def test_place_rows(device, source: Source, labelled: bool, fetched: int) -> None:
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    dest, sequence, rank = ints(0, -1, 1, 2, -1, 3), ints(0, 0, 0, 1, 1, 1), ints(4, 5, 6, 0, 1, 2)
+    given = ints(7, 8, 3, 4, 5, 6) if source == Source.POSITION else ints(7, 8)
+    found = []
+    for name in ("triton", "reference"):
+        header = torch.zeros(16, dtype=torch.int64, device=device)
+        header[Header.LABELS], header[Header.BATCH], header[Header.FORWARDS] = source, 6, 11
+        places = torch.full((5, 8), -9, dtype=torch.int32, device=device)
+        cursor = torch.tensor([3, fetched], device=device)
+        with ops.use(name):
+            args = (header, given, labelled, dest, rank, sequence, rank + 100, 2, cursor, places)
+            ops.step("place_rows", device)(*args)
+        found.append((places.tolist(), header.tolist()))
+    assert found[0] == found[1]
+    places, header = found[0]
+    expected = {Source.NONE: [-1] * 4, Source.SEQUENCE: [7, 7, 8, 8], Source.POSITION: [7, 3, 4, 6]}
+    labels = expected[source] if labelled else [-1] * 4
+    at = [(0, 4), (0, 6), (1, 0), (1, 2)]  # the kept positions: sequence and rank
+    for i, (b, r) in enumerate(at):  # from place 3 of 5 on
+        assert places[(3 + i) % 5] == [6, 11, 2, b, r, 100 + r, labels[i], -9]
+    assert places[2] == [-9] * 8
+    faults = Fault.UNLABELLED if labelled and source == Source.NONE else 0
+    # rows 3 to 6 in a ring of 5: row 1 has been fetched where it is overwritten, or not
+    assert header[Header.ERRORS] == faults | (Fault.OVERRUN if fetched == 1 else 0)
 
 
 @pytest.mark.parametrize("fires", [[1, 1, 1, 1], [1, 0, 1, 1], [1, 2, 1, 1]])
