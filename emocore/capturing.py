@@ -110,7 +110,17 @@ class Tap:
             self._batches.remove(batch)
             _open_batches.reset(token)
             if self._lane is not None:
-                self._lane.leave()
+                self._lane.leave(batch)
+
+    def gate(self, forwards: int = 1) -> None:
+        """Wait until the device has room for so many replays of a CUDA graph that was recorded inside this capture.
+
+        A replay runs no Python, so it cannot wait by itself: rows that go to an ActivationStore want this before each.
+        Forwards that run as code need no gate. Raises what the store has failed with, and ArgumentError for more
+        forwards than there is memory for at once.
+        """
+        if self._lane is not None:
+            self._lane.gate(forwards)
 
     def _current(self) -> Batch | None:
         """The batch of this context, else the one open batch (threads that a library starts have no context)."""
@@ -160,7 +170,8 @@ class Tap:
         """Tell the sinks that ask for it that no forward is half handed over."""
         with self._lock, outside_autograd():
             for binding in (b for bindings in self._points.values() for b in bindings):
-                if hasattr(binding.sink, "settle"):
+                brought = self._lane is not None and binding.rule.pool is None  # by another thread, which tells them
+                if hasattr(binding.sink, "settle") and not brought:
                     binding.sink.settle()
 
     # --- begin, stage, commit
@@ -302,7 +313,8 @@ class Tap:
         try:
             if self._lane is not None:
                 self._lane.abandon(every=True)
-                self._collect()
+                with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+                    self._collect()
                 if kind is None:
                     self._lane.raise_faults()
             if kind is None:
@@ -328,6 +340,8 @@ class Tap:
 
     def _release(self) -> None:
         """Let the sinks go; the lane and its memory end with the tap's last reference."""
+        if self._lane is not None:
+            self._lane.end()
         for bindings in self._points.values():
             for binding in bindings:
                 if self._lane is not None:
@@ -375,8 +389,9 @@ def capture(
     one pass; `tokens` is the rule of the rest. `fires` is how often a module runs in one forward; `optional` modules
     may be skipped. `training` captures only forwards in training mode (True) or in evaluation mode (False).
     `resident` keeps rows and sums on the model's device, without a host synchronisation in the forward, until a sink is
-    read or the block ends: by default where the model is on a GPU and every sink is a Moments of token rows. Open such
-    a capture before the model is compiled or recorded.
+    read or the block ends: by default where the model is on a GPU and every sink is a Moments, a monitor's or an
+    ActivationStore, to which rows then go on a thread of its own. Open such a capture before the model is compiled or
+    recorded.
     Raises HookPointError, ArgumentError at once; CaptureError, TokenError, LabelError, ShapeError at a forward;
     LedgerError at the end.
 

@@ -14,6 +14,7 @@ from .errors import ArgumentError, LabelError, ShapeError
 from .labels import Labels, encode_labels
 from .ledger import Ledger
 from .manifest import DTYPES, Point
+from .outflow import Receiver
 from .places import Growing
 from .registers import Register
 from .shards import Draft
@@ -23,17 +24,13 @@ from .tokens import Tokens
 BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}  # by bytes of an element
 
 
-class Recorder(Protocol):
+class Recorder(Receiver, Protocol):
     """What a feed hands its rows to."""
 
     labels: tuple[str, ...]
-    lock: threading.RLock
 
     def take(self, feed: Feed, rows: Tensor, finite: bool, places: Callable[[Register], Tensor]) -> None:
         """Take rows [N, D] that the feed's ledger counts as formed, with their places [N, 5]."""
-
-    def settle(self) -> None:
-        """Commit where a shard is full: no forward is half handed over."""
 
 
 class Feed:
@@ -57,17 +54,18 @@ class Feed:
         self.draft: Draft | None = None
         self.growing = Growing()
         self.pending = 0
-        self._store = store
+        self.receiver = store
+        self._resident: Callable[[], None] | None = None  # fetches what a capture holds on the device
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the store's labels."""
-        return self._store.labels
+        return self.receiver.labels
 
     @property
     def ledger_lock(self) -> threading.RLock:
         """The store's: no commit saves the ledger while rows are counted and not handed over yet."""
-        return self._store.lock
+        return self.receiver.lock
 
     @property
     def pending_bytes(self) -> int:
@@ -77,11 +75,11 @@ class Feed:
     def observe(self, observed: Observed) -> None:
         """Take rows that a capture has formed and counted; raises StoreError, BackpressureError, ShapeError."""
         finite = observed.whose.batch is not None
-        self._store.take(self, observed.rows, finite, lambda register: register.places(observed.whose))
+        self.receiver.take(self, observed.rows, finite, lambda register: register.places(observed.whose))
 
     def settle(self) -> None:
         """Commit where a shard is full: no forward is half handed over."""
-        self._store.settle()
+        self.receiver.settle()
 
     def update(
         self,
@@ -99,16 +97,16 @@ class Feed:
         ids = None if labels is None else encode_labels(labels, self.labels)
         columns = {"label": ids, "sequence": sequence, "position": position, "token": token}
         self._check(x, requests, columns)
-        with self._store.lock:
+        with self.receiver.lock:
             rows = self.ledger.rows
             before = rows.missing
             rows.add(formed=len(x))
             try:
-                self._store.take(self, x.detach(), False, lambda register: register.given(len(x), requests, columns))
+                self.receiver.take(self, x.detach(), False, lambda register: register.given(len(x), requests, columns))
             except BaseException:
                 rows.add(dropped=rows.missing - before)
                 raise
-            self._store.settle()
+            self.receiver.settle()
 
     def _check(self, x: Tensor, requests: Sequence[str] | None, columns: Mapping[str, Tensor | None]) -> None:
         if x.dim() != 2:
@@ -120,6 +118,19 @@ class Feed:
         if requests is not None and len(requests) != len(x):
             raise ArgumentError("requests", expected=f"{len(x)} ids, one a row", got=len(requests))
 
+    def check_rows(self, dim: int, dtype: torch.dtype) -> torch.dtype:
+        """What rows of that width and dtype are stored as; raises ShapeError, ArgumentError where they cannot be."""
+        if self.dim not in (0, dim):
+            raise ShapeError(f"hook point {self.hook_point!r}: width of rows", expected=self.dim, got=dim)
+        stored = self.dtype or dtype
+        if stored not in DTYPES.values():
+            raise ArgumentError(
+                f"hook point {self.hook_point!r}: rows of {dtype}",
+                expected=" or ".join(DTYPES),
+                way_out="Choose what they are stored as: ActivationStore(dtype=torch.float32).",
+            )
+        return stored
+
     # --- for the store
 
     def fit(self, rows: Tensor, finite: bool) -> tuple[Tensor, Tensor | None]:
@@ -129,15 +140,7 @@ class Feed:
 
         Raises ShapeError for another width, ArgumentError for float64 rows where no dtype was chosen.
         """
-        if self.dim not in (0, rows.shape[1]):
-            raise ShapeError(f"hook point {self.hook_point!r}: width of rows", expected=self.dim, got=rows.shape[1])
-        dtype = self.dtype or rows.dtype
-        if dtype not in DTYPES.values():
-            raise ArgumentError(
-                f"hook point {self.hook_point!r}: rows of {rows.dtype}",
-                expected=" or ".join(DTYPES),
-                way_out="Choose what they are stored as: ActivationStore(dtype=torch.float32).",
-            )
+        dtype = self.check_rows(rows.shape[1], rows.dtype)
         self.dim, self.dtype = rows.shape[1], dtype
         narrow = rows.to(dtype)
         if finite and torch.finfo(dtype).max >= torch.finfo(rows.dtype).max:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import ops
 from .batches import Batch, Call
 from .control import Fault, Header, Source, Station
+from .courier import Courier, overrun
 from .errors import ArgumentError, CaptureError, DeviceError, LabelError, ShapeError, TokenError
 from .forwards import in_backward, outside_autograd
 from .hookpoints import token_ids
@@ -59,6 +60,11 @@ class Lane:
         stops, pads = token_ids(model, "eos", "pad"), token_ids(model, "pad") - token_ids(model, "eos")
         rules = [seat.rule for seat in self.seats.all]
         self.plans = Plans(self.seats.rules, rules, optional, stops, pads, device)
+        receiving = any(seat.receiver is not None for seat in self.seats.all)
+        self._courier = Courier(self.seats, self.plans.stations, self.plans.header) if receiving else None
+        self._numbers: dict[Batch, int] = {}  # of open batches, for the courier
+        self._number = 0  # of the batch that the device knows of
+        self._tokens = torch.zeros(0, dtype=torch.int32, device=device)  # of the open forward
         self._labels: dict[tuple[str, ...], Tensor] = {}
         self._open: Open | None = None
         self._ignored = False
@@ -88,6 +94,9 @@ class Lane:
         if batch.mask is not None:
             batch.mask = batch.mask.to(self.device, non_blocking=True)
         self.plans.header[Header.GOES_ON] = 1
+        if self._courier is not None:
+            self._numbers[batch] = self._courier.enter(batch)
+            self._name(batch)
         self._reset_pools()
         for seat in self.seats.watched:
             seat.onlooker.enter(batch)
@@ -106,10 +115,29 @@ class Lane:
             self.plans.header[Header.LABELS] = Source.POSITION if ids.dim() > 1 or packed else Source.SEQUENCE
 
     @outside_autograd()
-    def leave(self) -> None:
+    def leave(self, batch: Batch) -> None:
         """The batch has ended: tokens begin anew, and labels are wanted again."""
         self.plans.header[Header.GOES_ON] = 0
         self.plans.header[Header.LABELS] = Source.NONE
+        if self._courier is not None:
+            self._courier.leave(self._numbers.pop(batch))
+            self._name(None)
+            self._courier.publish()
+
+    def _name(self, batch: Batch | None) -> None:
+        """Tell the device which batch the next rows belong to."""
+        number = 0 if batch is None else self._numbers.get(batch, 0)
+        if number != self._number:
+            self._number = number
+            self.plans.header[Header.BATCH] = number
+
+    @outside_autograd()
+    def gate(self, forwards: int) -> None:
+        """Make room for replays of a forward that was recorded."""
+        self.raise_faults()
+        if self._courier is not None:
+            self._name(self._current())
+            self._courier.gate(forwards)
 
     # --- begin, stage, commit
 
@@ -155,6 +183,10 @@ class Lane:
         self.plans.check_rules(kind, batch.spans, sequences)
         plan = self.plans.fit(sequences, length, kind)
         self._check_sizes(batch, plan)
+        if self._courier is not None:
+            self._courier.begin(plan.positions)
+            self._name(batch)
+            self._keep_tokens(plan, shown)
         written = batch.written_from(call) if kind == "padded" and sequences > 1 else None
         if mask is not None and past == 0 and mask.shape[1] > length == 1:
             written = 0
@@ -198,6 +230,9 @@ class Lane:
         for seat in self.seats.of_point[point]:
             if seat.binding.rule.pool is not None:
                 self._stage_pool(seat, flat, plan)
+            elif seat.receiver is not None:
+                flow = self.seats.flow_of(seat, flat, plan.positions)
+                self._stage_rows(seat, flat, plan, flow.cursor, flow.room(seat.index))
             elif seat.onlooker is not None:
                 self._stage_rows(seat, flat, plan, seat.onlooker.cursor, seat.onlooker.room(seat.index))
                 seat.onlooker.score(seat.index, plan, seat.rule)
@@ -253,7 +288,11 @@ class Lane:
                     group.cursor,
                     group.label_ids,
                 )
+        if self._courier is not None:
+            self._courier.place(plan, self._given, self._tokens)
         ops.step("commit", self.device)(plan, self.seats.leaders, self.seats.cursors)
+        if self._courier is not None:
+            self._courier.commit(plan)
         for seat in pooling:
             assert seat.pool is not None
             seat.pool.commit(self._fired[seat.station] * (header[Header.FORWARDS] - self._before))
@@ -282,8 +321,20 @@ class Lane:
         for seat in pooling:
             assert seat.pool is not None
             pooled = seat.pool.close(self._last.sequences)
-            seat.binding.form(pooled, batch.ids(seat.binding.labels), keep)
+            with seat.binding.held:
+                seat.binding.form(pooled, batch.ids(seat.binding.labels), keep, batch.requests, batch)
         self._reset_pools()
+
+    def _keep_tokens(self, plan: Plan, shown: Tensor | None) -> None:
+        """Keep the token ids of the forward until its commit, where the model is shown any."""
+        if len(self._tokens) < plan.positions:
+            refuse_while_recording(self.device, "positions")
+            self._tokens = torch.full((plan.positions,), -1, dtype=torch.int32, device=self.device)
+        tokens = self._tokens[: plan.positions]
+        if shown is None or shown.is_floating_point() or shown.numel() != plan.positions:
+            tokens.fill_(-1)
+        else:
+            tokens.copy_(shown.reshape(-1))
 
     def abandon(self, every: bool = False) -> None:
         """Forget this thread's forward, or `every` one's, which ended without its commit; the device undoes it."""
@@ -322,6 +373,8 @@ class Lane:
         word = int(self._heard[0])
         if not word:
             return
+        if word & Fault.OVERRUN:  # for good: it cannot be told what came after
+            raise overrun()
         self._heard[0] = 0
         self.plans.header[Header.ERRORS].zero_()
         if word & Fault.PADDING:
@@ -346,18 +399,29 @@ class Lane:
         return int(self.plans.header[Header.FORWARDS])
 
     def collect(self) -> None:
-        """Hand everything committed over to the sinks, and their counts to the ledgers; waits for the device.
+        """Hand everything committed to the sinks, and their counts to the ledgers; waits for device and stores, and
+        raises what failed on the way there.
 
         A point where summation is split: what comes later is summed on its own and added.
         """
         with outside_autograd():
             self._undo()
-            words = self.plans.stations.tolist()
-            self.plans.stations[:, Station.MISSED + 1 :].zero_()
-            self.seats.hand_over()
-            for seat, word in zip(self.seats.all, words, strict=True):
-                seat.record(word)
-            self._word.copy_(self.plans.header[Header.ERRORS : Header.ERRORS + 1])
+            try:
+                if self._courier is not None:
+                    self._courier.flush()
+            finally:
+                words = self.plans.stations.tolist()
+                self.seats.hand_over()
+                for seat, word in zip(self.seats.all, words, strict=True):
+                    if seat.flow is None:
+                        with seat.binding.held:
+                            seat.record(word)
+                self._word.copy_(self.plans.header[Header.ERRORS : Header.ERRORS + 1])
+
+    def end(self) -> None:
+        """Nothing more is brought."""
+        if self._courier is not None:
+            self._courier.close()
 
     def _undo(self) -> None:
         """Count a forward that was left open as rolled back."""

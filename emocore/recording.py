@@ -12,8 +12,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +28,27 @@ from .generations import advance, generations, newest, path_of
 from .labels import label_names
 from .ledger import Ledger
 from .manifest import DTYPES, Manifest, check_files
+from .outflow import Arrival
 from .places import Growing
 from .registers import Register
-from .ring import Policy, Ring, block, drop
+from .ring import Offered, Policy, Ring, block, drop
 from .sealing import Sealing
 from .shards import Draft
+from .sinks import Whose
 
 RING_BYTES = 64 << 20  # of the ring that a store makes for itself: what a cache holds is written faster
 SLOT_BYTES = 2 << 20
 MOST_NAME = 2048  # of a hook point, in the header of its shards
 POLICIES = {"block": block, "drop": drop}
+HANDS = 4  # copies off a GPU at a time: one thread's checksums are slower than the link
+
+
+class Part(NamedTuple):
+    """Rows [N, D] for a feed, and their places [N, 5]."""
+
+    feed: Feed
+    rows: Tensor
+    where: Tensor
 
 
 class ActivationStore:
@@ -82,6 +95,7 @@ class ActivationStore:
         self._offers = replace(self.policy, p=1.0)  # to rows that are picked already
         self._dtype, self._shard_rows, self._shard_bytes = dtype, shard_rows or sys.maxsize, shard_bytes
         self._ring, self._own_ring = ring, ring is None
+        self._hands: ThreadPoolExecutor | None = None
         self.lock = threading.RLock()
         self._feeds: dict[str, Feed] = {}
         self._placed: list[Feed] = []  # by their place in the manifest
@@ -126,6 +140,7 @@ class ActivationStore:
     @property
     def ledger(self) -> dict[str, Ledger]:
         """Ledger by hook point: `accumulated` rows are durable, `pending` ones are not yet."""
+        self._fetch()
         return {name: feed.ledger for name, feed in self._feeds.items()}
 
     @property
@@ -152,38 +167,98 @@ class ActivationStore:
         """Take rows [N, D] that the feed's ledger counts as formed, with their places; what is kept is pending then."""
         with self.lock:
             self._check()
-            n = len(rows)
             rows, good = feed.fit(rows, finite)
-            if feed not in self._placed:
-                self._placed.append(feed)
-            where = places(self._register)
-            where = where if good is None else where[good]
-            if self.policy.p < 1:
-                picked = self.policy.picks(feed.ledger.rows.formed - n, n)
-                picked = picked if good is None else picked[good]
-                feed.ledger.rows.add(sampled_out=len(rows) - int(picked.sum()))
-                rows, where = rows[picked.to(rows.device)], where[picked]
             try:
-                if len(rows):
-                    self._append(feed, rows, where)
+                self._append([self._chosen(feed, rows, good, places(self._register))])
             finally:
                 self._register.forget()
 
-    def _append(self, feed: Feed, rows: Tensor, where: Tensor) -> None:
+    def receive(self, arrivals: Sequence[Arrival], whose: Sequence[Whose]) -> None:
+        """Take finite rows of many feeds at once, and count them: formed, and dropped where they could not be taken."""
+        with self.lock:
+            due = []
+            for sink, rows, _ in arrivals:
+                due.append((sink.ledger.rows, sink.ledger.rows.missing))
+                sink.ledger.rows.add(formed=len(rows))
+            try:
+                self._check()
+                where = torch.cat([self._register.places(one) for one in whose])
+                parts = []
+                for feed, rows, kept in arrivals:
+                    rows, good = feed.fit(rows, True)
+                    parts.append(self._chosen(feed, rows, good, where if kept is None else where[kept]))
+                self._append(parts)
+            except BaseException:
+                for counts, before in due:
+                    counts.add(dropped=counts.missing - before)
+                raise
+            finally:
+                self._register.forget()
+
+    def _chosen(self, feed: Feed, rows: Tensor, good: Tensor | None, where: Tensor, kept: Tensor | None = None) -> Part:
+        """The rows that the policy picks; `good` says which are left of those that were formed, at `where`."""
+        if feed not in self._placed:
+            self._placed.append(feed)
+        n = len(where)
+        where = where if good is None else where[good]
+        if self.policy.p < 1:
+            picked = self.policy.picks(feed.ledger.rows.formed - n, n)
+            picked = picked if good is None else picked[good]
+            feed.ledger.rows.add(sampled_out=len(rows) - int(picked.sum()))
+            rows, where = rows[picked.to(rows.device)], where[picked]
+        return Part(feed, rows, where)
+
+    def _append(self, parts: Sequence[Part]) -> None:
+        parts = [part for part in parts if len(part.rows)]
         try:
             with self._folder.said():
-                if feed.draft is None:
-                    feed.draft = self._draft("rows", self._placed.index(feed))
-                offered = feed.draft.offer(rows, self._offers)
+                for feed, *_ in parts:
+                    if feed.draft is None:
+                        feed.draft = self._draft("rows", self._placed.index(feed))
         except StoreError:
             self._abandon()
             raise
-        feed.ledger.rows.add(pending=offered.taken, dropped=offered.dropped)
-        if offered.taken:
-            self._place(feed, where[: offered.taken])
-            self._register.keep(where[: offered.taken])
-            feed.pending += offered.taken
-            self._full |= feed.pending_bytes >= self._shard_bytes or feed.pending >= self._shard_rows
+        failed: BaseException | None = None
+        for (feed, _, where), offered in zip(parts, self._offered(parts), strict=True):
+            if isinstance(offered, BaseException):
+                failed = failed if isinstance(failed, StoreError) else offered
+                continue
+            feed.ledger.rows.add(pending=offered.taken, dropped=offered.dropped)
+            if offered.taken:
+                self._place(feed, where[: offered.taken])
+                self._register.keep(where[: offered.taken])
+                feed.pending += offered.taken
+                self._full |= feed.pending_bytes >= self._shard_bytes or feed.pending >= self._shard_rows
+        if isinstance(failed, StoreError):
+            self._abandon()
+        if failed is not None:
+            raise failed
+
+    def _offered(self, parts: Sequence[Part]) -> list[Offered | BaseException]:
+        """What became of each, or its error; off a GPU several are copied at a time."""
+
+        def offer(part: Part) -> Offered | BaseException:
+            assert part.feed.draft is not None
+            try:
+                with self._folder.said():
+                    return part.feed.draft.offer(part.rows, self._offers)
+            except BaseException as error:
+                return error
+
+        if len(parts) > 1 and parts[0].rows.is_cuda:
+            self._hands = self._hands or ThreadPoolExecutor(HANDS, "emocore copies")
+            return list(self._hands.map(offer, parts))
+        return [offer(part) for part in parts]
+
+    @property
+    def waits(self) -> bool:
+        """Whether rows wait for room where they are; else they are dropped."""
+        return self.policy.waits
+
+    def discard(self) -> None:
+        """Drop what is pending: it is not to be trusted."""
+        with self.lock:
+            self._abandon()
 
     def _place(self, feed: Feed, where: Tensor) -> None:
         """Say whose the next rows of a feed are, in one table with the feeds that got the same ones."""
@@ -206,13 +281,24 @@ class ActivationStore:
         """Commit where a shard is full: no forward is half handed over."""
         with self.lock:
             if self._full:
-                self.commit()
+                self._commit()
 
     def commit(self) -> int:
         """Make all pending rows durable and return the number of the manifest that lists them.
 
-        Raises StoreError naming path and errno; the last commit is then as it was, and what was pending is dropped.
+        Rows that a capture still has on its device are fetched before. Raises StoreError naming path and errno; the
+        last commit is then as it was, and what was pending is dropped.
         """
+        self._fetch()
+        return self._commit()
+
+    def _fetch(self) -> None:
+        """Fetch what captures hold on their devices, not while the store is held: another thread brings it."""
+        for collect in {feed._resident for feed in list(self._feeds.values())}:
+            if collect is not None:
+                collect()
+
+    def _commit(self) -> int:
         with self.lock:
             self._check()
             points = tuple(feed.point() for feed in self._placed)
@@ -264,13 +350,22 @@ class ActivationStore:
 
     def close(self) -> None:
         """Commit, and let another writer in; the store then takes nothing more."""
+        try:
+            if self._open:
+                self._fetch()
+        finally:
+            self._shut()
+
+    def _shut(self) -> None:
         with self.lock:
             if not self._open:
                 return
             try:
-                self.commit()
+                self._commit()
             finally:
                 self._open = False
+                if self._hands is not None:
+                    self._hands.shutdown()
                 if self._ring is not None and self._own_ring:
                     with contextlib.suppress(StoreError):  # of what was abandoned: the rest is flushed
                         self._ring.close()

@@ -34,8 +34,9 @@ def residence(
     sinks = [binding for bindings in points.values() for binding in bindings]
     reasons = {
         "the model is on several devices, or has no parameters": device is None,
-        "a sink is neither a Moments nor a monitor's": not all(
-            isinstance(b.sink, Moments) or getattr(b.sink, "onlooker", None) is not None for b in sinks
+        "a sink is no Moments, monitor's or ActivationStore's": not all(
+            isinstance(b.sink, Moments) or any(getattr(b.sink, n, None) is not None for n in ("onlooker", "receiver"))
+            for b in sinks
         ),
         "a Moments holds float64 rows": any(
             isinstance(b.sink, Moments) and b.sink.exact and b.rule.pool is None for b in sinks

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .control import Station
+from .control import WIDTH, Station
 from .errors import ArgumentError
 from .groups import Group
 from .moments import Moments
+from .outflow import Outflow
 from .plans import recording, refuse_while_recording
 from .pooling import DevicePool
 from .sinks import Binding
@@ -23,16 +24,19 @@ ROWS = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class Seat:
-    """One sink at one hook point: its rule by number, and its place in a group, among pools, or with a monitor."""
+    """One sink at one hook point: its rule by number, and its place in a group, an outflow, among pools, or with a
+    monitor."""
 
     binding: Binding
     station: int
     rule: int
     kin: tuple[Any, ...]  # what hook points of one group have in common before their first row
     group: Group | None = None
-    index: int = 0  # in the group, or among the hook points of the monitor
+    flow: Outflow | None = None
+    index: int = 0  # in the group or outflow, or among the hook points of the monitor
     pool: DevicePool | None = None
     onlooker: Any = None  # of a monitor, shared by its hook points (onlooking.Onlooker)
+    recorded: Sequence[int] = (0,) * WIDTH  # the words of its station, as far as the ledger has them
 
     @property
     def moments(self) -> Moments:
@@ -49,8 +53,14 @@ class Seat:
             self.pool = DevicePool(kind, sequences, dim, device)
         return self.pool
 
-    def record(self, words: Sequence[int]) -> None:
-        """Add the words of the station to the ledger."""
+    @property
+    def receiver(self) -> Any:
+        """The store that the sink belongs to, None for a sink of another kind (outflow.Receiver)."""
+        return getattr(self.binding.sink, "receiver", None)
+
+    def record(self, words: Sequence[int]) -> Sequence[int]:
+        """Add what is new in the words of the station to the ledger, and return it."""
+        words, self.recorded = [now - then for now, then in zip(words, self.recorded, strict=True)], words
         ledger, at = self.binding.ledger, Station
         ledger.tokens.add(
             offered=words[at.OFFERED],
@@ -66,10 +76,11 @@ class Seat:
         ledger.unmasked += words[at.UNMASKED]
         if self.onlooker is not None:  # it has read what was selected
             ledger.rows.add(formed=words[at.SELECTED], accumulated=words[at.SELECTED])
+        return words
 
 
 class Seats:
-    """The seats of a capture, by station and by hook point, and the groups that those of Moments form."""
+    """The seats of a capture, by station and by hook point, and the groups and outflows that they form."""
 
     def __init__(
         self, model: nn.Module, points: Mapping[str, Sequence[Binding]], optional: bool, device: torch.device
@@ -90,8 +101,9 @@ class Seats:
         self.watched: list[Seat] = []  # the first of every monitor
         self._place_onlookers()
         self.groups: list[Group] = []
+        self.flows: list[Outflow] = []
         self.cursors = torch.zeros(len(self.all), 2, dtype=torch.int64, device=device)
-        self.leaders = torch.zeros(0, dtype=torch.int64, device=device)  # a station of every group
+        self.leaders = torch.zeros(0, dtype=torch.int64, device=device)  # a station of every group and outflow
         self._waiting: list[int] = []  # most rows that can wait in each group
         self._recorded = False  # into a graph: what the host knows of the rows is then no longer all
 
@@ -123,7 +135,24 @@ class Seats:
             group.reserve(positions)
         return group
 
-    def _make_group(self, kin: Sequence[Seat], flat: Tensor) -> None:
+    def flow_of(self, seat: Seat, flat: Tensor, positions: int) -> Outflow:
+        """The outflow of a seat, made with its kin at the first rows flat [N, D], in a forward of so many positions."""
+        if seat.flow is None:
+            refuse_while_recording(self.device, f"hook point {seat.binding.hook_point!r}")
+            kin = [other for other in self.all if other.kin == seat.kin and other.flow is None] if seat.kin else [seat]
+            line, cursor = self._next_line(kin, flat)
+            stations = [seat.station for seat in kin]
+            flow = Outflow(stations, seat.rule, seat.binding.labels, seat.receiver, line, cursor)
+            flow.reserve(positions, flat)
+            flow.begun = positions
+            for index, other in enumerate(kin):
+                other.flow, other.index = flow, index
+            self.flows.append(flow)
+        assert seat.flow is not None
+        return seat.flow
+
+    def _next_line(self, kin: Sequence[Seat], flat: Tensor) -> tuple[int, Tensor]:
+        """The number of the cursor of new kin, and the cursor; raises where their sinks do not take such rows."""
         if flat.dtype not in ROWS:
             raise ArgumentError(
                 f"hook point {kin[0].binding.hook_point!r}: dtype of the rows",
@@ -131,17 +160,21 @@ class Seats:
                 got=flat.dtype,
                 way_out="Use capture(resident=False), which accumulates float64 rows in float64.",
             )
-        dim = flat.shape[1]
         for seat in kin:
-            seat.moments.check_rows(dim, flat.dtype)
-        like, cursor = kin[0].moments, self.cursors[len(self.groups)]
+            seat.binding.sink.check_rows(flat.shape[1], flat.dtype)  # type: ignore[attr-defined]
+        line = len(self.leaders)
+        self.leaders = torch.cat([self.leaders, self.leaders.new_tensor([kin[0].station])])
+        return line, self.cursors[line]
+
+    def _make_group(self, kin: Sequence[Seat], flat: Tensor) -> None:
+        _, cursor = self._next_line(kin, flat)
+        dim, like = flat.shape[1], kin[0].moments
         stations = [seat.station for seat in kin]
         group = Group(stations, len(like.labels), like.keeps_covariance, like.device_block_rows, cursor, dim, flat)
         for index, seat in enumerate(kin):
             seat.group, seat.index = group, index
         self.groups.append(group)
         self._waiting.append(0)
-        self.leaders = torch.tensor([g.stations[0] for g in self.groups], dtype=torch.int64, device=self.device)
 
     def drain(self, positions: int) -> None:
         """Fold what blocks a forward of so many positions may have filled; the device knows which."""
@@ -155,10 +188,9 @@ class Seats:
 
     def hand_over(self) -> None:
         """Give all that the groups hold to their sinks, and count it; waits for the device."""
-        cursors = self.cursors.tolist()
         for i, group in enumerate(self.groups):
             self._waiting[i] = 0
-            for station, taken in zip(group.stations, group.take(*cursors[i]), strict=True):
+            for station, taken in zip(group.stations, group.take(*group.cursor.tolist()), strict=True):
                 seat = self.all[station]
                 seat.moments.adopt(taken)
                 formed = int(taken.sums.count) + len(taken.rows) + taken.overrange
@@ -168,7 +200,10 @@ class Seats:
 def _kin(binding: Binding, module: nn.Module, optional: bool) -> tuple[Any, ...]:
     """What tells which hook points advance in step and have one width; empty for one that stands alone."""
     sink = binding.sink
-    if optional or not isinstance(sink, Moments) or binding.rule.pool is not None:
+    if optional or binding.rule.pool is not None:
         return ()
     shapes = tuple(tuple(p.shape) for p in module.parameters())
-    return (binding.rule, type(module), shapes, sink.labels, sink.keeps_covariance, sink.device_block_rows)
+    if isinstance(sink, Moments):
+        return (binding.rule, type(module), shapes, sink.labels, sink.keeps_covariance, sink.device_block_rows)
+    receiver = getattr(sink, "receiver", None)
+    return () if receiver is None else (binding.rule, type(module), shapes, id(receiver))

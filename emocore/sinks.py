@@ -35,9 +35,9 @@ class Sink(Protocol):
 class Whose:
     """Whose N rows are: of which of the batch's `sequences` [N], and of which rank in it [N]; -1 for a pooled row.
 
-    `ids` [N] are label ids where the sink keeps labels, `tokens` [N] token ids where the model was shown any; `batch` is
-    the same object in every forward of a batch, None outside of captures. Hook points whose rows are of the same tokens
-    may be given the same object.
+    `ids` [N] are label ids where the sink keeps labels, `tokens` [N] token ids where the model was shown any; `batch`
+    is the same object in every forward of a batch, None outside of captures. Hook points whose rows are of the same
+    tokens may be given the same object.
     """
 
     sequence: Tensor

@@ -45,8 +45,8 @@ def place_rows_kernel(
     capacity,
     BLOCK: tl.constexpr,
 ):
-    """places[(committed + dest) % capacity] = the words of a kept row; FAULT_OVERRUN where it stands in the place of one
-    that was not fetched: cursor is (committed, fetched)."""
+    """places[(committed + dest) % capacity] = a kept row's words; FAULT_OVERRUN where it takes the place of one that
+    was not fetched: cursor is (committed, fetched)."""
     t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dest = tl.load(dest_ptr + t, mask=t < n, other=-1)
     kept = dest >= 0

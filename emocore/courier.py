@@ -1,0 +1,331 @@
+"""Courier: the thread that brings rows from the device to their stores, while the model goes on.
+
+Cursors and ledgers are published after a commit: copied to the host, behind an event. The courier waits for the event,
+copies what it then knows to be there on a stream of its own, and frees its place in the ring. No forward waits for a
+copy, only for a place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .batches import Batch
+from .control import Fault, Header, Place, Station
+from .errors import ArgumentError, CaptureError, LedgerError
+from .forwards import outside_autograd
+from .outflow import Arrival, Outflow
+from .plans import Plan, recording, refuse_while_recording
+from .seats import Seats
+from .sinks import Whose
+
+COUNTS = 3  # on their way to the host at once
+
+
+class Count:
+    """Cursors [S, 2] and stations [S, 16] as they stood after a commit, on the host once the event has come."""
+
+    def __init__(self, cursors: Tensor, stations: Tensor) -> None:
+        pinned = cursors.is_cuda
+        self.cursors = torch.empty(cursors.shape, dtype=cursors.dtype, pin_memory=pinned)
+        self.stations = torch.empty(stations.shape, dtype=stations.dtype, pin_memory=pinned)
+        self.event = torch.cuda.Event(blocking=True) if pinned else None  # a wait for it sleeps
+        self.stream: torch.cuda.Stream | None = None
+        self.ended: dict[Outflow, int] = {}
+        self.left: list[int] = []  # batches that were over
+
+    def take(self, cursors: Tensor, stations: Tensor, flows: Sequence[Outflow], left: Sequence[int]) -> None:
+        """Begin to copy what stands there in the current stream's order."""
+        self.cursors.copy_(cursors, non_blocking=True)
+        self.stations.copy_(stations, non_blocking=True)
+        self.ended, self.left = {flow: flow.ended for flow in flows}, list(left)
+        if self.event is not None:
+            self.stream = torch.cuda.current_stream(cursors.device)
+            self.event.record(self.stream)
+
+    def wait(self) -> None:
+        """Until it is there."""
+        if self.event is not None:
+            self.event.synchronize()
+
+
+class Courier:
+    """Empties the outflows of a capture, whose rows belong to batches that it has numbered."""
+
+    def __init__(self, seats: Seats, stations: Tensor, header: Tensor) -> None:
+        self._seats, self._stations, self._header = seats, stations, header
+        self._batches: dict[int, Batch] = {}  # that rows may still come of
+        self._left: list[int] = []
+        self._entered = 0
+        self._changed = threading.Condition()
+        self._free = [Count(seats.cursors, stations) for _ in range(COUNTS)]
+        self._published: deque[Count] = deque()
+        self._failed: BaseException | None = None
+        self._ending = False
+        self._alone: dict[int, Batch] = {}  # forwards without a batch, by number
+        self._thread = threading.Thread(target=self._run, name="emocore courier", daemon=True)
+
+    # --- what the model's thread calls
+
+    def enter(self, batch: Batch) -> int:
+        """The number of a batch that begins."""
+        self._entered += 1
+        self._batches[self._entered] = batch
+        return self._entered
+
+    def leave(self, number: int) -> None:
+        """It is over: what is committed by now is all of it."""
+        with self._changed:
+            self._left.append(number)
+
+    def begin(self, positions: int) -> None:
+        """Make room for a forward, or have its rows dropped; what is recorded into a graph finds room at a `gate`."""
+        for flow in self._seats.flows:
+            if recording(self._header.device):
+                if positions > flow.largest:
+                    refuse_while_recording(self._header.device, "rows")
+                flow.recorded, flow.dropping = max(flow.recorded, positions), False
+            else:
+                self.admit(flow, positions)
+
+    def place(self, plan: Plan, given: Callable[[tuple[str, ...]], Tensor], tokens: Tensor) -> None:
+        """Before the commit: whose the rows are that a forward has staged; `given` are labels by name."""
+        for flow in self._seats.flows:
+            if flow.dropping:
+                flow.note(plan.stations)
+                continue
+            labels, cursor, rest = flow.labels, flow.cursor, (tokens[: plan.positions], plan.sequences)
+            step = ops.step("place_rows", self._header.device)
+            whose = (plan.dest[flow.rule], plan.rank, plan.sequence)
+            step(plan.header, given(labels), bool(labels), *whose, *rest, cursor, flow.places)
+
+    def commit(self, plan: Plan) -> None:
+        """After it."""
+        for flow in self._seats.flows:
+            flow.ended = flow.begun
+            if flow.dropping:
+                flow.drop(plan.stations)
+        self.publish()
+
+    def admit(self, flow: Outflow, positions: int) -> None:
+        """Make room for a forward of so many positions: wait for it, or let the forward's rows be dropped.
+
+        Raises what the courier has failed with since the last call.
+        """
+        self.raise_failure()
+        flow.ended = flow.begun
+        if positions > flow.largest:
+            self.flush()
+            flow.reserve(positions, flow.rows[0])
+        if not flow.fits(positions):
+            self.publish(force=True, wait=flow.receiver.waits)
+            if flow.receiver.waits:
+                self._until(lambda: flow.fits(positions))
+        flow.dropping = not flow.fits(positions)
+        if not flow.dropping:
+            flow.begun += positions
+            flow.tell()
+
+    def gate(self, forwards: int) -> None:
+        """Make room for so many replays of the largest forward that was recorded; raises as `admit`, ArgumentError."""
+        for flow in self._seats.flows:
+            positions, flow.ended = forwards * flow.recorded, flow.begun
+            if positions > flow.capacity:
+                raise ArgumentError("forwards", expected=f"at most {flow.capacity // flow.recorded}", got=forwards)
+            self.raise_failure()
+            if not flow.fits(positions):
+                self.publish(force=True, wait=True)
+                self._until(lambda: flow.fits(positions))  # noqa: B023 (called here)
+            flow.begun += positions
+            flow.tell()
+
+    def publish(self, force: bool = False, wait: bool = False) -> None:
+        """Let the courier know what is committed by now, where that is worth a copy, or must be.
+
+        Where as many counts as there are have not been seen yet, the next commit tells more; or it waits.
+        """
+        flows = self._seats.flows
+        worth = force or any(flow.ended - flow.published >= flow.unit for flow in flows)
+        if not flows or not worth or recording(self._header.device):
+            return
+        if self._thread.ident is None:
+            self._thread.start()
+        with self._changed:
+            if not wait and not self._free:
+                return
+            self._until(lambda: bool(self._free), failing=False)
+            count = self._free.pop()
+            for flow in flows:
+                flow.published = flow.ended
+            count.take(self._seats.cursors, self._stations, flows, self._left)
+            self._published.append(count)
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Wait until all that is committed has been brought; raises what failed since the last call."""
+        self.publish(force=True, wait=True)
+        self._until(lambda: not self._published, failing=False)
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raise what failed since the last call, once."""
+        with self._changed:
+            failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def close(self) -> None:
+        """End the thread, once it has brought what was published."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _until(self, ready: Callable[[], bool], failing: bool = True) -> None:
+        """Wait; a failure of the courier ends the wait and is raised, if it is `failing`."""
+        with self._changed:
+            while not ready():
+                if failing:
+                    self.raise_failure()
+                if not self._thread.is_alive():
+                    raise CaptureError(
+                        "capture: the thread that brings its rows to a store is gone",
+                        way_out="Open the capture in the process that runs the model, and again after a fork.",
+                    )
+                self._changed.wait(0.1)
+
+    # --- what its own thread does
+
+    def _run(self) -> None:
+        with outside_autograd(), self._own_stream():
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._published or self._ending)
+                    if not self._published:
+                        return
+                    count = self._published[0]
+                try:
+                    count.wait()
+                    self._bring(count)
+                except BaseException as error:
+                    with self._changed:
+                        self._failed = self._failed or error
+                with self._changed:
+                    self._free.append(self._published.popleft())
+                    self._changed.notify_all()
+
+    def _own_stream(self) -> contextlib.AbstractContextManager[object]:
+        device = self._header.device
+        return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+
+    def _bring(self, count: Count) -> None:
+        """Empty every outflow as far as the count goes; what fails is dropped, and the others go on."""
+        failed: BaseException | None = None
+        flows = list(count.ended)
+        cursors, words = count.cursors.tolist(), count.stations.tolist()
+        for flow in flows:
+            committed = cursors[flow.line][0]
+            try:
+                with flow.receiver.lock:
+                    self._empty(flow, committed, words)
+            except BaseException as error:
+                failed = failed or error
+            with self._changed:
+                flow.fetched, flow.known = committed, (committed, count.ended[flow])
+                self._changed.notify_all()
+        self._forget(count.left)
+        receivers = {id(flow.receiver): flow.receiver for flow in flows}.values()
+        if any(flow.recorded for flow in flows) and self._overrun(count):
+            for receiver in receivers:
+                receiver.discard()
+            raise overrun()
+        for receiver in receivers:
+            receiver.settle()
+        if failed is not None:
+            raise failed
+
+    def _forget(self, left: Sequence[int]) -> None:
+        """Forget batches of which no more rows come."""
+        self._alone.clear()
+        for number in left:
+            self._batches.pop(number, None)
+        with self._changed:
+            self._left = [number for number in self._left if number not in left]
+
+    def _empty(self, flow: Outflow, committed: int, words: Sequence[Sequence[int]]) -> None:
+        """Hand over the rows of an outflow and count what the device has counted."""
+        seats = [self._seats.all[station] for station in flow.stations]
+        due = []
+        for seat in seats:
+            new = seat.record(words[seat.station])
+            due.append(new[Station.SELECTED] - new[Station.DROPPED])
+            seat.binding.ledger.rows.add(formed=new[Station.DROPPED], dropped=new[Station.DROPPED])
+        try:
+            if committed - flow.fetched > flow.capacity:
+                raise overrun()
+            for span in flow.spans(committed):
+                arrivals = self._arrivals(flow, span)
+                due = [n - len(arrival.rows) for n, arrival in zip(due, arrivals, strict=True)]
+                flow.receiver.receive(arrivals, self._whose(flow, flow.places[span].cpu()))
+        except BaseException:
+            for seat, n in zip(seats, due, strict=True):  # those that it did not come to
+                seat.binding.ledger.rows.add(formed=n, dropped=n)
+            raise
+        if any(due):
+            raise LedgerError(
+                f"hook point {seats[0].binding.hook_point!r}: rows brought from the device",
+                expected=f"{due[0]} more, as were selected",
+                way_out="Rows were lost or counted twice: do not trust this store.",
+            )
+
+    def _arrivals(self, flow: Outflow, span: slice) -> list[Arrival]:
+        finite = flow.marks[:, span].cpu() > 0
+        found = []
+        for i, station in enumerate(flow.stations):
+            rows, good = flow.rows[i, span], finite[i]
+            kept = None if bool(good.all()) else good
+            rows = rows if kept is None else rows[kept.to(rows.device)]
+            found.append(Arrival(self._seats.all[station].binding.sink, rows, kept))
+        return found
+
+    def _whose(self, flow: Outflow, places: Tensor) -> list[Whose]:
+        """Whose the rows of a span are, a run of rows of one batch each; places [n, 8]."""
+        batch, forward = places[:, Place.BATCH], places[:, Place.FORWARD]
+        ends = (batch[1:] != batch[:-1]) | ((batch[1:] == 0) & (forward[1:] != forward[:-1]))
+        bounds = [0, *(ends.nonzero().squeeze(1) + 1).tolist(), len(places)]
+        return [self._run_of(flow, places[a:b].long()) for a, b in itertools.pairwise(bounds)]
+
+    def _run_of(self, flow: Outflow, places: Tensor) -> Whose:
+        number, forward, sequences = places[0, [Place.BATCH, Place.FORWARD, Place.SEQUENCES]].tolist()
+        batch = self._batches[number] if number else self._alone.setdefault(forward, Batch())
+        return Whose(
+            places[:, Place.SEQUENCE],
+            places[:, Place.RANK],
+            sequences,
+            batch.requests,
+            places[:, Place.LABEL] if flow.labels else None,
+            places[:, Place.TOKEN],
+            batch,
+        )
+
+    def _overrun(self, count: Count) -> bool:
+        """Whether a forward that has been launched by now wrote over rows that were not fetched."""
+        streamed = torch.cuda.stream(count.stream) if count.stream is not None else contextlib.nullcontext()
+        with streamed:
+            return bool(int(self._header[Header.ERRORS]) & Fault.OVERRUN)
+
+
+def overrun() -> CaptureError:
+    """A graph was replayed where there was no room for its rows."""
+    return CaptureError(
+        "capture: a replay has written over rows that were not yet copied to the store; those are dropped",
+        way_out="Call tap.gate() before every replay of a graph that was recorded inside the capture.",
+    )
