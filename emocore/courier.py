@@ -8,7 +8,6 @@ copy, only for a place.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,14 +16,13 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .batches import Batch
-from .control import Fault, Header, Place, Station
+from .control import Fault, Header, Station
 from .errors import ArgumentError, CaptureError, LedgerError
 from .forwards import outside_autograd
 from .outflow import Arrival, Outflow
 from .plans import Plan, recording, refuse_while_recording
+from .roll import Roll
 from .seats import Seats
-from .sinks import Whose
 
 COUNTS = 3  # on their way to the host at once
 
@@ -57,33 +55,19 @@ class Count:
 
 
 class Courier:
-    """Empties the outflows of a capture, whose rows belong to batches that it has numbered."""
+    """Empties the outflows of a capture; `roll` numbers the batches that their rows belong to."""
 
     def __init__(self, seats: Seats, stations: Tensor, header: Tensor) -> None:
         self._seats, self._stations, self._header = seats, stations, header
-        self._batches: dict[int, Batch] = {}  # that rows may still come of
-        self._left: list[int] = []
-        self._entered = 0
+        self.roll = Roll()
         self._changed = threading.Condition()
         self._free = [Count(seats.cursors, stations) for _ in range(COUNTS)]
         self._published: deque[Count] = deque()
         self._failed: BaseException | None = None
         self._ending = False
-        self._alone: dict[int, Batch] = {}  # forwards without a batch, by number
         self._thread = threading.Thread(target=self._run, name="emocore courier", daemon=True)
 
     # --- what the model's thread calls
-
-    def enter(self, batch: Batch) -> int:
-        """The number of a batch that begins."""
-        self._entered += 1
-        self._batches[self._entered] = batch
-        return self._entered
-
-    def leave(self, number: int) -> None:
-        """It is over: what is committed by now is all of it."""
-        with self._changed:
-            self._left.append(number)
 
     def begin(self, positions: int) -> None:
         """Make room for a forward, or have its rows dropped; what is recorded into a graph finds room at a `gate`."""
@@ -164,7 +148,7 @@ class Courier:
             count = self._free.pop()
             for flow in flows:
                 flow.published = flow.ended
-            count.take(self._seats.cursors, self._stations, flows, self._left)
+            count.take(self._seats.cursors, self._stations, flows, self.roll.left)
             self._published.append(count)
             self._changed.notify_all()
 
@@ -241,7 +225,7 @@ class Courier:
             with self._changed:
                 flow.fetched, flow.known = committed, (committed, count.ended[flow])
                 self._changed.notify_all()
-        self._forget(count.left)
+        self.roll.forget(count.left)
         receivers = {id(flow.receiver): flow.receiver for flow in flows}.values()
         if any(flow.recorded for flow in flows) and self._overrun(count):
             for receiver in receivers:
@@ -251,14 +235,6 @@ class Courier:
             receiver.settle()
         if failed is not None:
             raise failed
-
-    def _forget(self, left: Sequence[int]) -> None:
-        """Forget batches of which no more rows come."""
-        self._alone.clear()
-        for number in left:
-            self._batches.pop(number, None)
-        with self._changed:
-            self._left = [number for number in self._left if number not in left]
 
     def _empty(self, flow: Outflow, committed: int, words: Sequence[Sequence[int]]) -> None:
         """Hand over the rows of an outflow and count what the device has counted."""
@@ -274,7 +250,7 @@ class Courier:
             for span in flow.spans(committed):
                 arrivals = self._arrivals(flow, span)
                 due = [n - len(arrival.rows) for n, arrival in zip(due, arrivals, strict=True)]
-                flow.receiver.receive(arrivals, self._whose(flow, flow.places[span].cpu()))
+                flow.receiver.receive(arrivals, self.roll.whose(flow.places[span].cpu(), bool(flow.labels)))
         except BaseException:
             for seat, n in zip(seats, due, strict=True):  # those that it did not come to
                 seat.binding.ledger.rows.add(formed=n, dropped=n)
@@ -295,26 +271,6 @@ class Courier:
             rows = rows if kept is None else rows[kept.to(rows.device)]
             found.append(Arrival(self._seats.all[station].binding.sink, rows, kept))
         return found
-
-    def _whose(self, flow: Outflow, places: Tensor) -> list[Whose]:
-        """Whose the rows of a span are, a run of rows of one batch each; places [n, 8]."""
-        batch, forward = places[:, Place.BATCH], places[:, Place.FORWARD]
-        ends = (batch[1:] != batch[:-1]) | ((batch[1:] == 0) & (forward[1:] != forward[:-1]))
-        bounds = [0, *(ends.nonzero().squeeze(1) + 1).tolist(), len(places)]
-        return [self._run_of(flow, places[a:b].long()) for a, b in itertools.pairwise(bounds)]
-
-    def _run_of(self, flow: Outflow, places: Tensor) -> Whose:
-        number, forward, sequences = places[0, [Place.BATCH, Place.FORWARD, Place.SEQUENCES]].tolist()
-        batch = self._batches[number] if number else self._alone.setdefault(forward, Batch())
-        return Whose(
-            places[:, Place.SEQUENCE],
-            places[:, Place.RANK],
-            sequences,
-            batch.requests,
-            places[:, Place.LABEL] if flow.labels else None,
-            places[:, Place.TOKEN],
-            batch,
-        )
 
     def _overrun(self, count: Count) -> bool:
         """Whether a forward that has been launched by now wrote over rows that were not fetched."""

@@ -95,7 +95,7 @@ class Lane:
             batch.mask = batch.mask.to(self.device, non_blocking=True)
         self.plans.header[Header.GOES_ON] = 1
         if self._courier is not None:
-            self._numbers[batch] = self._courier.enter(batch)
+            self._numbers[batch] = self._courier.roll.enter(batch)
             self._name(batch)
         self._reset_pools()
         for seat in self.seats.watched:
@@ -120,7 +120,7 @@ class Lane:
         self.plans.header[Header.GOES_ON] = 0
         self.plans.header[Header.LABELS] = Source.NONE
         if self._courier is not None:
-            self._courier.leave(self._numbers.pop(batch))
+            self._courier.roll.leave(self._numbers.pop(batch))
             self._name(None)
             self._courier.publish()
 

@@ -12,10 +12,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +23,14 @@ from .errors import ArgumentError, StoreError
 from .feeds import Feed
 from .folders import Folder
 from .generations import advance, generations, newest, path_of
+from .intake import Intake, Part
 from .labels import label_names
 from .ledger import Ledger
 from .manifest import DTYPES, Manifest, check_files
 from .outflow import Arrival
 from .places import Growing
 from .registers import Register
-from .ring import Offered, Policy, Ring, block, drop
+from .ring import Policy, Ring, block, drop
 from .sealing import Sealing
 from .shards import Draft
 from .sinks import Whose
@@ -40,15 +39,6 @@ RING_BYTES = 64 << 20  # of the ring that a store makes for itself: what a cache
 SLOT_BYTES = 2 << 20
 MOST_NAME = 2048  # of a hook point, in the header of its shards
 POLICIES = {"block": block, "drop": drop}
-HANDS = 4  # copies off a GPU at a time: one thread's checksums are slower than the link
-
-
-class Part(NamedTuple):
-    """Rows [N, D] for a feed, and their places [N, 5]."""
-
-    feed: Feed
-    rows: Tensor
-    where: Tensor
 
 
 class ActivationStore:
@@ -91,16 +81,14 @@ class ActivationStore:
         self.path = Path(path) / f"rank-{rank:05}" if world > 1 else Path(path)
         if isinstance(policy, str) and policy not in POLICIES:
             raise ArgumentError("policy", expected=f"{' or '.join(POLICIES)}, or a sample", got=repr(policy))
-        self.policy = POLICIES[policy] if isinstance(policy, str) else policy
-        self._offers = replace(self.policy, p=1.0)  # to rows that are picked already
         self._dtype, self._shard_rows, self._shard_bytes = dtype, shard_rows or sys.maxsize, shard_bytes
         self._ring, self._own_ring = ring, ring is None
-        self._hands: ThreadPoolExecutor | None = None
         self.lock = threading.RLock()
         self._feeds: dict[str, Feed] = {}
         self._placed: list[Feed] = []  # by their place in the manifest
         self._full = False
         self._folder, self._pid, self._open = Folder(self.path), os.getpid(), True
+        self._intake = Intake(POLICIES[policy] if isinstance(policy, str) else policy, self._folder)
         try:
             self._resume(label_names(labels), model, rank, world)
         except BaseException:
@@ -169,7 +157,7 @@ class ActivationStore:
             self._check()
             rows, good = feed.fit(rows, finite)
             try:
-                self._append([self._chosen(feed, rows, good, places(self._register))])
+                self._append([self._intake.pick(feed, rows, good, places(self._register))])
             finally:
                 self._register.forget()
 
@@ -186,7 +174,7 @@ class ActivationStore:
                 parts = []
                 for feed, rows, kept in arrivals:
                     rows, good = feed.fit(rows, True)
-                    parts.append(self._chosen(feed, rows, good, where if kept is None else where[kept]))
+                    parts.append(self._intake.pick(feed, rows, good, where if kept is None else where[kept]))
                 self._append(parts)
             except BaseException:
                 for counts, before in due:
@@ -195,20 +183,8 @@ class ActivationStore:
             finally:
                 self._register.forget()
 
-    def _chosen(self, feed: Feed, rows: Tensor, good: Tensor | None, where: Tensor, kept: Tensor | None = None) -> Part:
-        """The rows that the policy picks; `good` says which are left of those that were formed, at `where`."""
-        if feed not in self._placed:
-            self._placed.append(feed)
-        n = len(where)
-        where = where if good is None else where[good]
-        if self.policy.p < 1:
-            picked = self.policy.picks(feed.ledger.rows.formed - n, n)
-            picked = picked if good is None else picked[good]
-            feed.ledger.rows.add(sampled_out=len(rows) - int(picked.sum()))
-            rows, where = rows[picked.to(rows.device)], where[picked]
-        return Part(feed, rows, where)
-
     def _append(self, parts: Sequence[Part]) -> None:
+        self._placed += [part.feed for part in parts if part.feed not in self._placed]
         parts = [part for part in parts if len(part.rows)]
         try:
             with self._folder.said():
@@ -219,7 +195,7 @@ class ActivationStore:
             self._abandon()
             raise
         failed: BaseException | None = None
-        for (feed, _, where), offered in zip(parts, self._offered(parts), strict=True):
+        for (feed, _, where), offered in zip(parts, self._intake.offer(parts), strict=True):
             if isinstance(offered, BaseException):
                 failed = failed if isinstance(failed, StoreError) else offered
                 continue
@@ -234,26 +210,10 @@ class ActivationStore:
         if failed is not None:
             raise failed
 
-    def _offered(self, parts: Sequence[Part]) -> list[Offered | BaseException]:
-        """What became of each, or its error; off a GPU several are copied at a time."""
-
-        def offer(part: Part) -> Offered | BaseException:
-            assert part.feed.draft is not None
-            try:
-                with self._folder.said():
-                    return part.feed.draft.offer(part.rows, self._offers)
-            except BaseException as error:
-                return error
-
-        if len(parts) > 1 and parts[0].rows.is_cuda:
-            self._hands = self._hands or ThreadPoolExecutor(HANDS, "emocore copies")
-            return list(self._hands.map(offer, parts))
-        return [offer(part) for part in parts]
-
     @property
     def waits(self) -> bool:
         """Whether rows wait for room where they are; else they are dropped."""
-        return self.policy.waits
+        return self._intake.policy.waits
 
     def discard(self) -> None:
         """Drop what is pending: it is not to be trusted."""
@@ -364,8 +324,7 @@ class ActivationStore:
                 self._commit()
             finally:
                 self._open = False
-                if self._hands is not None:
-                    self._hands.shutdown()
+                self._intake.close()
                 if self._ring is not None and self._own_ring:
                     with contextlib.suppress(StoreError):  # of what was abandoned: the rest is flushed
                         self._ring.close()

@@ -433,5 +433,5 @@ def test_batches_are_forgotten_when_no_more_rows_come(tokenwise, laps, tmp_path:
             with tap.batch(requests=["a", "b"]):
                 model(ids(2, 4, i))
         tap.ledger  # noqa: B018
-        assert not tap._lane._courier._batches
-        assert not tap._lane._courier._left
+        assert not tap._lane._courier.roll._batches
+        assert not tap._lane._courier.roll.left

@@ -7,7 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emocore import Calibration, Directions, Moments, Threshold, Tokens, capture, monitor, steer
+from emocore import (
+    ActivationStore,
+    Calibration,
+    Directions,
+    Moments,
+    Threshold,
+    Tokens,
+    activations,
+    capture,
+    monitor,
+    steer,
+    store,
+)
+from emocore.errors import ArgumentError, CaptureError
+from emocore.places import COLUMNS
 
 _spec = importlib.util.spec_from_file_location("replay", Path(__file__).with_name("replay.py"))
 replay = importlib.util.module_from_spec(_spec)
@@ -101,6 +115,90 @@ def test_blocks_that_fill_in_a_replay_are_drained_there(tokenwise, device, monke
         assert torch.equal(mine.covariance(), other.covariance())
         assert mine.count == other.count
     assert taps[0].ledger == taps[1].ledger
+
+
+def stored(model: nn.Module, path: Path, device: torch.device, recorder, gate: int) -> ActivationStore:
+    """ROUNDS batches of three forwards; with a recorder the first batch is run, its last forward recorded, and the
+    others are replayed behind a gate for so many of them."""
+    shown, mask = torch.zeros(B, T, dtype=torch.long, device=device), torch.ones(B, T, dtype=torch.long, device=device)
+    with ActivationStore(path, labels=["calm", "tense"]) as kept, torch.no_grad():  # noqa: SIM117
+        with capture(model, "layers.*", kept, tokens=Tokens(skip=1), resident=True) as tap:
+            for i in range(ROUNDS):
+                with tap.batch(labels=["calm", None, "tense"][i % 2 :] + [None] * (i % 2), requests=list("abc")):
+                    for j in range(3):
+                        for memory, value in zip((shown, mask), tokens(i, device), strict=True):
+                            memory.copy_(value.flip(1) if j else value)
+                        tap._lane.plans.seen.zero_()  # every forward shows other tokens
+                        if recorder is None or (i == 0 and j < 2):
+                            model(shown, attention_mask=mask)
+                        elif recorder.calls:
+                            if gate and (gate == 1 or j == 0):
+                                tap.gate(gate)
+                            recorder.replay()
+                        else:
+                            tap.ledger  # noqa: B018 (what is recorded here is run, too: it finds the ring empty,
+                            with recorder:
+                                model(shown, attention_mask=mask)
+                            tap.gate()  # and is made known)
+    return kept
+
+
+def tight(recorder, monkeypatch) -> None:
+    """Rings of two forwards, brought one by one; what is recorded is told from what runs."""
+    monkeypatch.setattr("emocore.outflow.LEAST", 1)
+    monkeypatch.setattr("emocore.outflow.RUN", 1)
+    monkeypatch.setattr("emocore.courier.recording", lambda device: recorder._open or recorder._inside > 0)
+
+
+@pytest.mark.parametrize("gate", [1, 3])
+def test_replays_store_what_eager_forwards_store(tokenwise, device, monkeypatch, tmp_path: Path, gate: int) -> None:
+    model = tokenwise(dim=5).to(device)
+    with torch.no_grad():
+        model.embed.weight[9] = torch.inf
+    eager = stored(model, tmp_path / "eager", device, None, 0)
+    recorder = replay.Recorder(monkeypatch)
+    if gate == 1:
+        tight(recorder, monkeypatch)
+    else:
+        monkeypatch.setattr("emocore.courier.recording", lambda device: recorder._open or recorder._inside > 0)
+    replayed = stored(model, tmp_path / "replayed", device, recorder, gate)
+    assert replayed.ledger == eager.ledger
+    found, right = activations(tmp_path / "replayed"), activations(tmp_path / "eager")
+    for name in right:
+        assert torch.equal(found[name].rows, right[name].rows)
+        for column in COLUMNS:
+            assert torch.equal(getattr(found[name].places, column), getattr(right[name].places, column)), column
+    assert store.verify(tmp_path / "replayed").rows == sum(len(view) for view in right.values()) > 0
+
+
+def test_replays_without_a_gate_are_found_out(tokenwise, device, monkeypatch, tmp_path: Path) -> None:
+    """What they wrote over is dropped and counted, and said; nothing wrong is stored."""
+    model, recorder = tokenwise(dim=5).to(device), replay.Recorder(monkeypatch)
+    tight(recorder, monkeypatch)
+    with pytest.raises(CaptureError, match=r"a replay has written over rows.*tap\.gate\(\)"):
+        stored(model, tmp_path, device, recorder, 0)
+    whole = {tuple(row) for i in range(ROUNDS) for row in _rows(model, i, device)}
+    found = activations(tmp_path)
+    assert {tuple(row) for row in found["layers.0"].rows.tolist()} <= whole
+    store.verify(tmp_path)
+
+
+def _rows(model: nn.Module, round_: int, device: torch.device) -> list[list[float]]:
+    with torch.no_grad():
+        return model.layers[0](model.embed(tokens(round_, device)[0])).flatten(0, 1).tolist()
+
+
+def test_a_gate_for_more_than_there_is_room_for(tokenwise, device, monkeypatch, tmp_path: Path) -> None:
+    model, recorder = tokenwise(dim=5).to(device), replay.Recorder(monkeypatch)
+    tight(recorder, monkeypatch)
+    shown = torch.full((B, T), 4, device=device)
+    with ActivationStore(tmp_path) as kept, torch.no_grad(), capture(model, "layers.*", kept, resident=True) as tap:
+        tap.gate()  # nothing is recorded yet: nothing to wait for
+        model(shown)
+        with recorder:
+            model(shown)
+        with pytest.raises(ArgumentError, match="forwards; expected at most 2; got 3"):
+            tap.gate(3)
 
 
 def vectors(dim: int, device: torch.device) -> Directions:
