@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +15,14 @@ import emocore
 from emocore.precision import BOUND, CHAIN, FREEZE_ROWS
 
 from . import collectors, peers
-from .bars import slows
+from .bars import faster, slows
 from .collectors import PLAIN, Subject
 from .harness import Absent, Contender, error_of, unchecked
 from .llama import Llama
 from .machine import Machine
 from .ours import OURS, lacks_step
-from .passing import FORWARD, bound_16, moments
+from .outgoing import Outgoing
+from .passing import FORWARD, STORED, bound_16, moments
 from .results import Case
 from .shapes import SMALL_LLAMA, TINY_MODEL
 
@@ -217,3 +219,56 @@ def test_prefill(race, machine: Machine, seed: int, model: Llama) -> None:
         Contender("usual hooks", forward, unchecked, lambda: peers.hooked(model.layers, usual)),
     ]
     race(case, contenders, [ids], exact, error=lambda found, right: error_of(found, right[: len(found)]))
+
+
+@pytest.mark.gpu
+def test_prefill_to_host(race, machine: Machine, seed: int, model: Llama, tmp_path: Path) -> None:
+    """Rows of every layer to the host while prompts are read, several forwards on end: G12, and hooks that copy."""
+    sequences, tokens, forwards = (2, 16, 2) if machine.scale.tiny else (4, 1024, 4)
+    ids = torch.randint(
+        model.shape.vocab, (sequences, tokens), generator=machine.generator(seed), device=machine.device
+    )
+    names = [f"layers.{i}" for i in range(model.shape.layers)]
+    case = Case(
+        op="model",
+        name=f"prefill {model.shape.name} {forwards} x {sequences} x {tokens}: rows of {len(names)} layers to the host",
+        dtype="bfloat16",
+        rows=forwards * sequences * tokens,
+        dim=model.shape.dim,
+        bound=0.0,
+        bars=(slows("G12", 0.03, PLAIN), faster("G12", 5.0, "hooks with .cpu()")),
+        baseline=PLAIN,
+        hides_launch=False,
+    )
+
+    def several(given: Tensor) -> None:
+        with torch.no_grad():
+            for _ in range(forwards):
+                model(given)
+
+    @contextlib.contextmanager
+    def away() -> Iterator[None]:
+        with Outgoing() as nowhere, emocore.capture(model, nowhere.sinks(names), resident=True):
+            several(ids)  # has its memory
+            yield
+
+    def check(given: Tensor) -> Tensor:
+        some = [names[0], names[-1]]
+        with emocore.ActivationStore(tmp_path) as kept, torch.no_grad():  # noqa: SIM117
+            with emocore.capture(model, dict.fromkeys(some, kept), resident=True):
+                model(given)
+        found = emocore.activations(tmp_path)
+        return torch.stack([found[name].rows for name in some])
+
+    def exact(given: Tensor) -> Tensor:
+        rows: dict[int, Tensor] = {}
+        with peers.hooked([model.layers[0], model.layers[-1]], rows.__setitem__), torch.no_grad():
+            model(given)
+        return torch.stack([x.reshape(-1, model.shape.dim).double() for x in rows.values()])
+
+    contenders = [
+        lacks_step(machine, *STORED) or Contender(OURS, several, check, away),
+        Contender(PLAIN, several, unchecked),
+        Contender("hooks with .cpu()", several, unchecked, lambda: peers.hooked(model.layers, lambda _, x: x.cpu())),
+    ]
+    race(case, contenders, [ids], exact)

@@ -13,12 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from emocore import ActivationStore, activations
+from emocore.outflow import Arrival
 from emocore.ring import Ring
+from emocore.sinks import Whose
 
 from .bars import faster, reaches
 from .harness import Absent, Contender
 from .machine import Machine
 from .ours import OURS
+from .outgoing import Outgoing
 from .results import Case, Work
 
 SLOT = 4 << 20
@@ -27,12 +31,13 @@ BATCH = 512  # rows of a forward
 
 @pytest.mark.gpu
 def test_to_host(race, machine: Machine, seed: int, tmp_path: Path) -> None:
-    """Rows of a device through the ring, whose writers throw them away; what hooks that copy get of the link."""
-    rows, dim = machine.scale.rows(65_536), machine.scale.dim(4096)
-    x = torch.randn(rows, dim, generator=machine.generator(seed), device=machine.device).bfloat16()
+    """Rows of 16 hook points off a device, to writers that throw them away; what hooks that copy get of the link."""
+    points, dim = 16, machine.scale.dim(4096)
+    rows = machine.scale.rows(65_536, tiny=points)
+    x = torch.randn(points, rows // points, dim, generator=machine.generator(seed), device=machine.device).bfloat16()
     case = Case(
         op="ring",
-        name=f"to host bfloat16 D={dim}",
+        name=f"to host bfloat16 D={dim}, hook points {points}",
         dtype="bfloat16",
         rows=rows,
         dim=dim,
@@ -41,22 +46,25 @@ def test_to_host(race, machine: Machine, seed: int, tmp_path: Path) -> None:
         bars=(reaches("G12", 0.90),),
         hides_launch=False,
     )
-    with (
-        Ring(slots=16, slot_bytes=SLOT) as ring,
-        open(os.devnull, "wb") as nothing,
-        (tmp_path / "rows").open("wb") as file,
-    ):
-        stream = ring.stream(nothing.fileno())
+    with Outgoing() as nowhere:
+        sinks = list(nowhere.sinks([str(i) for i in range(points)]).values())
+
+        def away(given: Tensor) -> None:
+            nowhere.receive([Arrival(sink, one, None) for sink, one in zip(sinks, given, strict=True)], [])
 
         def check(given: Tensor) -> Tensor:
-            kept = ring.stream(file.fileno())
-            kept.append(given)
-            kept.flush()
-            found = bytearray((tmp_path / "rows").read_bytes())
-            return torch.frombuffer(found, dtype=torch.bfloat16).view(rows, dim)
+            with ActivationStore(tmp_path) as kept:
+                kept.receive([Arrival(kept.at(str(i)), one, None) for i, one in enumerate(given)], [whose(given)])
+            return torch.stack([view.rows for view in activations(tmp_path).values()])
 
-        contenders = [Contender(OURS, stream.append, check), Contender(".cpu()", lambda given: given.cpu())]
+        contenders = [Contender(OURS, away, check), Contender(".cpu()", lambda given: given.cpu())]
         race(case, contenders, [x], lambda given: given.double())
+
+
+def whose(x: Tensor) -> Whose:
+    """Nobody's, one sequence."""
+    n = torch.zeros(x.shape[1], dtype=torch.int64)
+    return Whose(n, n, 1, None)
 
 
 @pytest.mark.cpu

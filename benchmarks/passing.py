@@ -15,6 +15,7 @@ SEQUENCE = 256  # tokens
 BOUND_16, ROUNDING = 5e-6, 3e-3  # of a covariance: the contract's, and what rounding adds over sqrt(rows)
 DRAIN = ("freeze", "convert", "sort_labels", "fold_labels", "fold_gram", "settle")
 FORWARD = ("begin", "stage_rows", "place_labels", "commit", *DRAIN)  # the steps that a forward takes
+STORED = ("begin", "stage_rows", "place_rows", "commit")  # and one into a store
 
 
 def bound_16(rows: int) -> float:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from emocore.linalg import tile_count, unit
 from .harness import failed
 from .machine import Machine, poisoned
 from .ours import lacks_op, lacks_step
-from .passing import DRAIN, FORWARD, SEQUENCE, Passing, bound_16, captured
+from .passing import DRAIN, FORWARD, SEQUENCE, STORED, Passing, bound_16, captured
 from .ring import Ring
 from .shapes import SCALES
 
@@ -111,6 +113,22 @@ def seen(rows: Tensor) -> float:
     return off(found.covariance(), torch.cov(rows[0].double().T).to(found.covariance().device))
 
 
+def stored(rows: Tensor) -> float:
+    """The same rows through a capture into a store, from a ring that holds two forwards."""
+    x = rows[0].reshape(-1, SEQUENCE // 4, rows.shape[2])
+    model = Passing(POINTS, x.device, x.dtype)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple("emocore.outflow", LEAST=1, RUN=1):
+        with torch.no_grad(), emocore.ActivationStore(folder) as kept:  # noqa: SIM117
+            with emocore.capture(model, "layers.*", kept, resident=True) as tap:
+                for part in x.split(1):
+                    with tap.batch(requests=["a"]):
+                        model(inputs_embeds=part)
+        view = emocore.activations(folder)["layers.1"]
+        places = view.places.position.double().reshape(len(x), -1)
+        in_order = torch.equal(places, torch.arange(x.shape[1]).double().expand_as(places))
+        return off(view.rows, x.reshape(view.rows.shape).cpu()) if in_order else 1.0
+
+
 def watched(machine: Machine, dim: int) -> float:
     """A monitor on the device beside one on the host, over a prompt and a step."""
     v = unit(torch.randn(LABELS, dim, generator=machine.generator(1), device=machine.device, dtype=torch.float64))[
@@ -158,6 +176,7 @@ def checks(machine: Machine) -> Iterator[Check]:
         for name, steps, call in (
             ("drain", DRAIN, lambda rows=rows: drained(machine, rows)),
             ("capture", FORWARD, lambda rows=rows: seen(rows)),
+            ("capture into a store", STORED, lambda rows=rows: stored(rows)),
         ):
             if absent := lacks_step(machine, *steps):
                 print(f"{name} {dtype}: {absent.status}")

@@ -444,7 +444,8 @@ def test_cases_of_a_gpu_are_right_under_the_interpreter() -> None:
         "captured_layer",
         "decode_eager",
         "accuracy",
-        "to_host",
+        "to_host and not prefill",
+        "prefill_to_host",
     )
     done = benchmarks("--dry", "-k", " or ".join(f"({one})" for one in chosen))
     assert done.returncode == 0, done.stdout[-3000:]

@@ -405,7 +405,7 @@ def test_what_cannot_stay_on_the_device_says_so(tokenwise) -> None:
             capture(tokenwise(), "layers.0", Moments, resident=True, **options)
     with pytest.raises(ArgumentError, match="float64 rows"):
         capture(tokenwise(), {"layers.0": Moments(dtype=torch.float64)}, resident=True)
-    with pytest.raises(ArgumentError, match="no Moments, monitor.s or ActivationStore.s"):
+    with pytest.raises(ArgumentError, match=r"no Moments, monitor.s or ActivationStore.s"):
         capture(tokenwise(), "layers.0", emocore.Rows, resident=True)
     with pytest.raises(ArgumentError, match="float64"):
         capture(tokenwise().double(), "layers.0", Moments, resident=True)
