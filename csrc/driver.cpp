@@ -55,6 +55,7 @@ const Driver* look(const char* path, std::string& why) {
     find("cuEventDestroy_v2", driver.cuEventDestroy_v2);
     find("cuEventRecord", driver.cuEventRecord);
     find("cuEventSynchronize", driver.cuEventSynchronize);
+    find("cuThreadExchangeStreamCaptureMode", driver.cuThreadExchangeStreamCaptureMode);
     return why.empty() ? new Driver(driver) : nullptr;
 }
 #else
@@ -125,6 +126,13 @@ const Driver& need_driver() {
     std::string why;
     if (const Driver* driver = find_driver(why)) return *driver;
     throw DeviceError("the CUDA driver cannot be used", why, WAY_OUT);
+}
+
+void relax() {
+    int mode = abi::RELAXED;
+    const Driver& driver = need_driver();
+    driver.check(driver.cuThreadExchangeStreamCaptureMode(&mode), "cuThreadExchangeStreamCaptureMode", "",
+                 WAY_OUT);
 }
 
 std::array<char, MAP_BYTES> encode(const TensorMap& map) {

@@ -30,6 +30,9 @@ bool driver_available();
 bool open_driver(const std::string& path);
 const Driver& need_driver();  // throws DeviceError
 
+// From now on this thread may copy, wait and allocate while another records a graph: it has no part in it.
+void relax();
+
 // The view of a tensor [.., rows, cols] through which a kernel copies blocks of `box` elements. Axes are
 // outermost first, strides in elements; rows of the box are `swizzle` (0, 32, 64, 128) bytes or less; outside
 // lie zeros.

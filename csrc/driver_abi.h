@@ -38,6 +38,7 @@ enum class Swizzle : int { none, bytes32, bytes64, bytes128 };
 constexpr int FLOAT16 = 6, FLOAT32 = 7, BFLOAT16 = 9, NO_INTERLEAVE = 0, L2_256B = 3, ZEROS = 0;
 
 // Flags of pinned memory, streams and events.
+constexpr int RELAXED = 2;  // of a thread, beside others that record graphs
 constexpr unsigned PORTABLE = 1, NON_BLOCKING = 1, BLOCKING_SYNC = 1, DISABLE_TIMING = 2;
 
 // The driver's functions, by name. Contexts, libraries, kernels, functions are opaque.
@@ -70,6 +71,7 @@ struct Functions {
     Result (*cuEventDestroy_v2)(void* event);
     Result (*cuEventRecord)(void* event, void* stream);
     Result (*cuEventSynchronize)(void* event);
+    Result (*cuThreadExchangeStreamCaptureMode)(int* mode);
 };
 
 }  // namespace emocore::abi

@@ -135,6 +135,7 @@ void bind_driver(py::module_& m) {
     py::register_exception_translator(raise_device_error);
     m.def("driver_available", driver_available);
     m.def("driver_open", open_driver, arg("path"));
+    m.def("driver_relax", relax);
     m.def("driver_load", driver_load, arg("cubin"), arg("name"), arg("parameters"), arg("threads"),
           arg("shared") = 0, arg("cluster") = std::array<unsigned, 3>{1, 1, 1}, arg("programmatic") = false);
     m.def("driver_launch", driver_launch, arg("handles"), arg("grid"), arg("stream"), arg("arguments"));

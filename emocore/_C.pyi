@@ -172,6 +172,9 @@ def driver_available() -> bool:
 def driver_open(path: str) -> bool:
     """Takes another library for the driver, for tests; "" goes back. Kernels stay with the one that loaded them."""
 
+def driver_relax() -> None:
+    """From now on this thread may copy, wait and allocate while another records a graph: it has no part in it."""
+
 def driver_load(
     cubin: bytes,
     name: str,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import native, ops
 from .control import Fault, Header, Station
 from .errors import ArgumentError, CaptureError, LedgerError
 from .forwards import outside_autograd
@@ -208,7 +208,10 @@ class Courier:
 
     def _own_stream(self) -> contextlib.AbstractContextManager[object]:
         device = self._header.device
-        return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+        if device.type != "cuda":
+            return contextlib.nullcontext()
+        native.extension().driver_relax()
+        return torch.cuda.stream(torch.cuda.Stream(device))
 
     def _bring(self, count: Count) -> None:
         """Empty every outflow as far as the count goes; what fails is dropped, and the others go on."""

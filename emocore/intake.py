@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .feeds import Feed
 from .folders import Folder
 from .ring import Offered, Policy
@@ -49,7 +50,7 @@ class Intake:
         """What became of the rows of each, or its error."""
         if len(parts) < 2 or not parts[0].rows.is_cuda:
             return [self._offer(part) for part in parts]
-        self._hands = self._hands or ThreadPoolExecutor(HANDS, "emocore copies")
+        self._hands = self._hands or ThreadPoolExecutor(HANDS, "emocore copies", native.extension().driver_relax)
         stream = torch.cuda.current_stream(parts[0].rows.device)  # another thread has another
         return list(self._hands.map(lambda part: self._offer(part, stream), parts))
 

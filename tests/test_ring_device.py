@@ -121,6 +121,14 @@ def test_a_copy_that_fails_leaves_the_stream_as_it_was(fake: Any, opened: Opened
     assert written() == bytes(x[:1000].numpy()) + bytes(x.numpy())
 
 
+def test_a_thread_is_let_work_beside_one_that_records_a_graph(fake: Any) -> None:
+    _C.driver_relax()
+    assert fake.log[-1].split() == ["cuThreadExchangeStreamCaptureMode", "2"]
+    fake.library.fake_fail(b"cuThreadExchangeStreamCaptureMode", 1)
+    with pytest.raises(DeviceError, match="cuThreadExchangeStreamCaptureMode failed"):
+        _C.driver_relax()
+
+
 def test_a_thread_without_a_context_is_told(fake: Any, opened: Opened) -> None:
     stream, _ = opened()
     fake.library.fake_context(0)

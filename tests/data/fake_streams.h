@@ -102,6 +102,12 @@ CUresult cuEventSynchronize(CUevent event) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+    CALLED(" %d", *mode);
+    *mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+    return CUDA_SUCCESS;
+}
+
 CUresult cuStreamSynchronize(CUstream stream) {
     finish((Moment){stream, given_count});
     return CUDA_SUCCESS;

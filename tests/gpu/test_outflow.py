@@ -67,7 +67,7 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("run", [1, 1 << 20], ids=["forward by forward", "as room is wanted"])
 def test_forward_after_forward(device: torch.device, tight: None, run: int, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr("emocore.outflow.RUN", run)
-    model, x, forwards = Counting().to(device), shown(device), 2000 if device.type == "cuda" else 60
+    model, x, forwards = Counting().to(device), shown(device), 2000 if device.type == "cuda" else 30
     with ActivationStore(tmp_path) as kept, torch.no_grad(), emocore.capture(model, "layers.*", kept, resident=True):
         for _ in range(forwards):
             model(inputs_embeds=x)
