@@ -73,7 +73,7 @@ class Courier:
         """Make room for a forward, or have its rows dropped; what is recorded into a graph finds room at a `gate`."""
         for flow in self._seats.flows:
             if recording(self._header.device):
-                if positions > flow.largest:
+                if not flow.holds(positions):
                     refuse_while_recording(self._header.device, "rows")
                 flow.recorded, flow.dropping = max(flow.recorded, positions), False
             else:
@@ -105,7 +105,7 @@ class Courier:
         """
         self.raise_failure()
         flow.ended = flow.begun
-        if positions > flow.largest:
+        if not flow.holds(positions):
             self.flush()
             flow.reserve(positions, flow.rows[0])
         if not flow.fits(positions):

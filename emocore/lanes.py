@@ -232,7 +232,7 @@ class Lane:
                 self._stage_pool(seat, flat, plan)
             elif seat.receiver is not None:
                 flow = self.seats.flow_of(seat, flat, plan.positions)
-                self._stage_rows(seat, flat, plan, flow.cursor, flow.room(seat.index))
+                self._stage_rows(seat, flat, plan, flow.cursor, flow.room(seat.index, plan.positions))
             elif seat.onlooker is not None:
                 self._stage_rows(seat, flat, plan, seat.onlooker.cursor, seat.onlooker.room(seat.index))
                 seat.onlooker.score(seat.index, plan, seat.rule)

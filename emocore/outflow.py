@@ -61,7 +61,7 @@ class Outflow:
         self._at = torch.tensor(self.stations, device=cursor.device)
         self._before = torch.zeros_like(cursor[0])
         self._selected = torch.zeros_like(self._at)
-        self.capacity = self.largest = 0
+        self.capacity = 0
         self.begun = self.ended = 0  # positions, of all forwards and of those that are not open
         self.published = 0  # `ended` at the last count that was asked for
         self.fetched = self.told = 0  # rows, by the courier and as the device knows
@@ -75,7 +75,6 @@ class Outflow:
         """A ring for rows like [N, D], two forwards of so many positions at least; nothing may wait in the old one."""
         s, dim = len(self.stations), like.shape[1]
         each = dim * like.element_size()
-        self.largest = positions
         self.capacity = max(2 * positions, LEAST // (s * each))
         self.unit = min(max(RUN // each, 1), self.capacity // 2)  # rows worth a copy
         self.rows = like.new_zeros(s, self.capacity, dim)
@@ -84,15 +83,19 @@ class Outflow:
         self.places = like.new_zeros(self.capacity, PLACE_WIDTH, dtype=torch.int32)
         self._scrap: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def room(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the rows, marks and norms of hook point `index` go in the open forward."""
+    def room(self, index: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the rows, marks and norms of hook point `index` go in the open forward of so many positions."""
+        own = self.rows[index], self.marks[index], self.norms[index]
         if not self.dropping:
-            return self.rows[index], self.marks[index], self.norms[index]
-        if self._scrap is None:  # shared by all: nobody reads it
-            one = self.rows[0], self.marks[0], self.norms[0]
-            self._scrap = tuple(t.new_zeros(self.largest, *t.shape[1:]) for t in one)  # type: ignore[assignment]
-        assert self._scrap is not None
+            return own
+        if self._scrap is None or len(self._scrap[0]) < positions:  # shared by all: nobody reads it
+            rows, marks, norms = (t.new_zeros(positions, *t.shape[1:]) for t in own)
+            self._scrap = rows, marks, norms
         return self._scrap
+
+    def holds(self, positions: int) -> bool:
+        """Whether the ring is large enough for forwards of so many positions."""
+        return 2 * positions <= self.capacity
 
     def fits(self, positions: int) -> bool:
         """Whether a forward of so many positions writes over nothing, whatever the forwards before it kept."""

@@ -201,8 +201,9 @@ class ActivationStore:
                 continue
             feed.ledger.rows.add(pending=offered.taken, dropped=offered.dropped)
             if offered.taken:
-                self._place(feed, where[: offered.taken])
-                self._register.keep(where[: offered.taken])
+                where = where if offered.taken == len(where) else where[: offered.taken]
+                self._place(feed, where)
+                self._register.keep(where)
                 feed.pending += offered.taken
                 self._full |= feed.pending_bytes >= self._shard_bytes or feed.pending >= self._shard_rows
         if isinstance(failed, StoreError):

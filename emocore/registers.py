@@ -23,6 +23,7 @@ class Register:
         self._rank, self._world = rank, world
         self._first: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # by batch
         self._last: tuple[Whose, Tensor] | None = None  # asked for, and answered
+        self._seen: Tensor | None = None  # the places that were kept last
 
     def places(self, whose: Whose) -> Tensor:
         """Whose the rows are, as a table [N, 5] that nobody changes."""
@@ -47,6 +48,9 @@ class Register:
 
     def keep(self, where: Tensor) -> None:
         """The rows at these places [n, 5] are stored."""
+        if not self.requests or where is self._seen:
+            return
+        self._seen = where
         self._kept = max(self._kept, int(where[:, COLUMNS.index("request")].max()) + 1)
 
     def forget(self) -> None:
@@ -58,7 +62,7 @@ class Register:
     def clear(self) -> None:
         """Begin the next shards, without requests."""
         self.requests.clear()
-        self._kept, self._last = 0, None
+        self._kept, self._last, self._seen = 0, None, None
 
     def _requests(self, names: Sequence[str]) -> Tensor:
         ids = [self.requests.setdefault(str(name), len(self.requests)) for name in names]
