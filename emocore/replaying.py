@@ -139,11 +139,11 @@ class View:
         return self._recorded.starts[-1] if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, at: At) -> Tensor:
-        n = len(self)
+        n = self._recorded.starts[-1] if self._chosen is None else len(self._chosen)
         if isinstance(at, slice):
             start, stop, step = at.indices(n)
             if step == 1 and self._chosen is None:
-                return self._recorded.between(start, max(start, stop))
+                return self._recorded.between(start, stop)
             return self._gather(torch.arange(len(range(n)[at])) * step + start)
         if isinstance(at, int):
             if not -n <= at < n:
