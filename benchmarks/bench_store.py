@@ -189,7 +189,7 @@ def test_read(race, machine: Machine, seed: int, tmp_path: Path) -> None:
     plain = np.memmap(tmp_path / "plain", np.int16, "r").reshape(rows, dim)
     for mapped in (view.rows.view(torch.int16), torch.from_numpy(np.array(plain))):
         mapped.sum()
-    inputs = [torch.randint(rows - 128, (32,), generator=g).tolist() for _ in range(7)]  # odd: in turns both read each of them
+    inputs = [torch.randint(rows - 128, (32,), generator=g).tolist() for _ in range(7)]  # odd: both read all
 
     batches = [torch.empty(32, 128, dim, dtype=torch.bfloat16) for _ in range(2)]
     array = batches[1].view(torch.int16).numpy()
