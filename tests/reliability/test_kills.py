@@ -29,13 +29,22 @@ def go_on(subject: Any, path: Path, before: int) -> int:
     return before + 1
 
 
+def two_commits(subject: Any, driver: Any, path: Path) -> float:
+    """Seconds that a writer takes for them, at its best of some; at most 0.05."""
+    taken = [0.05]
+    for _ in range(8):
+        shutil.rmtree(path, ignore_errors=True)
+        start = time.monotonic()
+        driver.run("write", subject=subject.name, path=path, first=1, commits=2)
+        taken.append(time.monotonic() - start)
+    return min(taken)
+
+
 @every_format
 def test_killed_at_any_moment(subject: Any, driver: Any, scale: Any, ran: Any, tmp_path: Path) -> None:
     """SIGKILL at random moments of writers that commit as fast as they can, one after the other."""
     rng, kills, at_work, path, before = random.Random(0), scale(200, 10_000), 0, tmp_path / "kept", 0
-    start = time.monotonic()
-    driver.run("write", subject=subject.name, path=path, first=1, commits=2)
-    longest = time.monotonic() - start  # as fast as the disk is now
+    longest = two_commits(subject, driver, path)
     for kill in range(kills):
         if kill % 10 == 0:  # what is there is read in full every time: not too much of it
             shutil.rmtree(path, ignore_errors=True)
