@@ -2,7 +2,7 @@
 # make demo    from a real model to emotion vectors, printing every figure (MODEL=folder for another model)
 # make test    style, types and all tests, as CI runs them (JOBS= processes)
 # make bench   the benchmarks on the CPU beside what others use, and a chart of them (QUICK=1 for fewer rounds)
-# make reliability  the long versions of the tests of crashes, faults and hostile files, at most an hour
+# make reliability  the long versions of the tests of crashes, faults and hostile files, at most an hour (SHARE=0.05 of it)
 # make gpu     build, tests and benchmarks on an NVIDIA GPU, with the torch of $(PYTHON) (DRY=1 without one)
 # make corpus  the figures of the default corpus
 
@@ -35,7 +35,7 @@ check: all
 	@$(BIN)/mypy --no-error-summary
 
 reliability: all
-	@$(BIN)/pytest tests/reliability --long -rP -n $(JOBS) --dist loadfile
+	@$(BIN)/pytest tests/reliability --long $(if $(SHARE),--share $(SHARE)) -q -n $(JOBS) --dist load --maxschedchunk 1
 
 bench: all $(VENV)/.peers
 	@$(BIN)/emocore bench $(if $(QUICK),--quick --seconds 75,--chart docs/benchmarks)

@@ -14,6 +14,10 @@ from .errors import StoreError, said
 SUFFIX = ".emocore.tmp"
 
 
+class UnsyncedError(StoreError):
+    """The file stands, but its folder could not be synced."""
+
+
 def publish(path: Path, data: bytes) -> None:
     """Write `data` beside `path`, fsync it, rename it over `path`, fsync the folder; the mode follows the umask.
 
@@ -38,7 +42,7 @@ def publish(path: Path, data: bytes) -> None:
     try:
         _sync(target.parent)
     except OSError as error:
-        raise StoreError(
+        raise UnsyncedError(
             f"{path}: written, but a power cut may still undo it: its folder could not be synced",
             got=said(error),
             way_out="Save again, here or in another folder.",

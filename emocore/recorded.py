@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from .errors import StoreError
 from .manifest import DTYPES, Manifest
 from .places import Places
 from .shards import Layout
+
+RUN = 8  # rows that follow each other, on average: fewer are gathered one by one
 
 
 class Recorded:
@@ -37,21 +39,33 @@ class Recorded:
 
     def between(self, start: int, stop: int) -> Tensor:
         """Rows start .. stop - 1 [stop - start, D]: in place where one shard holds them, else a copy."""
-        i = bisect.bisect_right(self.starts, start, hi=max(len(self.shards), 1)) - 1
-        parts = []
-        while start < stop:
-            first, end = self.starts[i], min(stop, self.starts[i + 1])
-            parts.append(self._rows(i)[start - first : end - first])
-            start, i = end, i + 1
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts) if parts else torch.empty(0, self.point.dim, dtype=self.dtype)
+        if start >= stop:
+            return torch.empty(0, self.point.dim, dtype=self.dtype)
+        i = bisect_right(self.starts, start) - 1
+        first = self.starts[i]
+        if stop <= self.starts[i + 1]:
+            return self._rows(i)[start - first : stop - first]
+        return torch.cat([*self._parts(start, stop)])
+
+    def _parts(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows start .. stop - 1 in place, shard by shard."""
+        for i in range(bisect_right(self.starts, start) - 1, len(self.shards)):
+            first, end = self.starts[i], self.starts[i + 1]
+            if first >= stop:
+                return
+            yield self._rows(i)[max(start - first, 0) : min(stop, end) - first]
 
     def gather(self, index: Tensor) -> Tensor:
         """Rows [n, D] at index [n]: in place where they follow each other in one shard, else a copy."""
         n = len(index)
-        if n and bool((index.diff() == 1).all()):
-            return self.between(int(index[0]), int(index[-1]) + 1)
+        ends = [*((index.diff() != 1).nonzero().squeeze(1) + 1).tolist(), n]
+        if n and (len(ends) == 1 or len(ends) * RUN <= n):  # sequences: each is copied as it stands
+            starts = [0, *ends[:-1]]
+            firsts = index[starts].tolist()
+            if len(ends) == 1:
+                return self.between(firsts[0], firsts[0] + n)
+            runs = zip(firsts, starts, ends, strict=True)
+            return torch.cat([part for first, at, end in runs for part in self._parts(first, first + end - at)])
         out = torch.empty(n, self.point.dim, dtype=self.dtype)
         shard = torch.bucketize(index, torch.tensor(self.starts), right=True) - 1
         for i in shard.unique().tolist():

@@ -29,6 +29,7 @@ from .ledger import Ledger
 from .manifest import DTYPES, Manifest, check_files
 from .outflow import Arrival
 from .places import Growing
+from .publishing import UnsyncedError
 from .registers import Register
 from .ring import Policy, Ring, block, drop
 from .sealing import Sealing
@@ -281,8 +282,10 @@ class ActivationStore:
                         indexes=(*self._manifest.indexes, *sealing.indexes.values()),
                     )
                     advance(self.path, manifest)
-            except BaseException:
-                if path_of(self.path, generation).exists():  # only its last fsync has failed
+            except BaseException as error:
+                # a StoreError tells itself; where anything else came between, the folder does
+                stands = not isinstance(error, StoreError) and path_of(self.path, generation).exists()
+                if stands or isinstance(error, UnsyncedError):
                     self._adopt(manifest)
                 else:
                     sealing.abandon()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, HookPointError, LabelError, ShapeError, StoreError, near
+from .errors import ArgumentError, HookPointError, LabelError, ShapeError, StoreError, near, said
 from .generations import newest
 from .ledger import Ledger
 from .manifest import check_files
@@ -48,7 +48,10 @@ class Activations(Mapping[str, "View"]):
                 f"{path}: no activation store", way_out="Ranks are joined by `emocore.store.join(path)` first."
             )
         self.path, self.manifest, self.damaged = path, found.manifest, found.damaged
-        self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"{path}: could not be read", got=said(error)) from error
         weakref.finalize(self, shut, self._folder)
         check_files(self._folder, self.manifest)
         every = (Recorded(self.manifest, place, self.tensors) for place in range(len(self.manifest.points)))
@@ -139,11 +142,11 @@ class View:
         return self._recorded.starts[-1] if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, at: At) -> Tensor:
-        n = len(self)
+        n = self._recorded.starts[-1] if self._chosen is None else len(self._chosen)
         if isinstance(at, slice):
             start, stop, step = at.indices(n)
             if step == 1 and self._chosen is None:
-                return self._recorded.between(start, max(start, stop))
+                return self._recorded.between(start, stop)
             return self._gather(torch.arange(len(range(n)[at])) * step + start)
         if isinstance(at, int):
             if not -n <= at < n:

@@ -7,10 +7,13 @@ two instead of believing the file: nothing of a damaged or hostile header is eve
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
+import mmap
 import os
 import stat
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -169,8 +172,21 @@ def _data(folder: int, file: str, layout: Layout) -> Tensor:
             raise StoreError(
                 f"{_path(folder, file)}: its header is not the one that the manifest implies", way_out=RESTORE
             )
-        size = PAGE + layout.size
-        return torch.from_file(f"/proc/self/fd/{handle}", shared=False, size=size, dtype=torch.uint8)[PAGE:]
+        return _mapping(handle, PAGE + layout.size)[PAGE:]
+
+
+def _mapping(handle: int, size: int) -> Tensor:
+    """A file's bytes in place, in private memory: torch's and Python's own ways keep a handle, or lose one."""
+    system = ctypes.CDLL(None, use_errno=True)
+    system.mmap.restype = ctypes.c_void_p
+    protection, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE
+    at = system.mmap(None, ctypes.c_size_t(size), protection, kind, handle, ctypes.c_long(0))
+    if at == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    data = (ctypes.c_uint8 * size).from_address(at)
+    end = weakref.finalize(data, system.munmap, ctypes.c_void_p(at), ctypes.c_size_t(size))
+    end.atexit = False  # tensors may outlive it
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _check_size(handle: int, path: str, layout: Layout) -> None:
@@ -193,7 +209,7 @@ def _path(folder: int, file: str) -> str:
 
 @contextlib.contextmanager
 def opened(folder: int, file: str) -> Iterator[int]:
-    """A handle of a file in `folder`, or in a folder of it, that no link leads to."""
+    """A handle of a file in `folder`, or in a folder of it, that no link leads to; an OSError is a StoreError."""
     with contextlib.ExitStack() as stack:
         try:
             inner, (*parents, name) = folder, file.split("/")
@@ -204,4 +220,9 @@ def opened(folder: int, file: str) -> Iterator[int]:
             stack.callback(shut, handle)
         except OSError as error:
             raise StoreError(f"{_path(folder, file)}: could not be opened", got=said(error), way_out=RESTORE) from error
-        yield handle
+        try:
+            yield handle
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{_path(folder, file)}: could not be read", got=said(error)) from error

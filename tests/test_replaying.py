@@ -44,6 +44,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
         -1,
         [3, 1, 99, -100],
         [40, 41, 42],
+        [*range(60, 99), *range(3, 40), *range(62, 70)],
         [],
         torch.tensor([17, 5, 5]),
         torch.arange(100) % 7 == 2,

@@ -19,12 +19,42 @@ PATIENCE = 300  # seconds for one answer: what takes longer hangs
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="an hour instead of a minute: `make reliability`")
+    parser.addoption("--share", type=float, default=1.0, help="of the counts and seconds of --long: how long is it?")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What a long run has run, a line a test."""
+    if not config.getoption("long", False):
+        return
+    terminalreporter.section("what was run")
+    for outcome in ("passed", "failed", "skipped", "error"):
+        for report in terminalreporter.getreports(outcome):
+            if getattr(report, "when", None) == "call" or outcome != "passed":
+                name = report.nodeid.rpartition("::")[2]
+                said = "; ".join(str(value) for key, value in getattr(report, "user_properties", ()) if key == "ran")
+                took = getattr(report, "duration", 0.0)
+                terminalreporter.write_line(f"{outcome:7} {took:6.0f} s  {name}{said and ': '}{said}")
+
+
+@pytest.fixture
+def ran(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """ran(what): said in the summary of a long run."""
+    return lambda what: record_property("ran", what)
 
 
 @pytest.fixture(scope="session")
 def scale(pytestconfig: pytest.Config) -> Callable[[Any, Any], Any]:
     """scale(suite, long): the one that this run asks for."""
-    return lambda suite, long: long if pytestconfig.getoption("long", False) else suite
+
+    def one(suite: Any, long: Any) -> Any:
+        if not pytestconfig.getoption("long", False):
+            return suite
+        share = pytestconfig.getoption("share")
+        if share == 1 or not isinstance(long, (int, float)) or long <= suite:
+            return long
+        return max(suite, type(long)(long * share))
+
+    return one
 
 
 @pytest.fixture
@@ -76,10 +106,10 @@ class Driver:
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     if not shutil.which("gcc"):
-        pytest.skip("no gcc to compile faults.c with")
+        pytest.skip("no gcc to compile what is preloaded")
     library = tmp_path_factory.mktemp("faults") / "faults.so"
     flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(["gcc", *flags, str(HERE / "faults.c"), "-o", str(library), "-ldl", "-pthread"], check=True)
+    subprocess.run(["gcc", *flags, HERE / "faults.c", HERE / "looks.c", "-o", library, "-ldl", "-pthread"], check=True)
     command = [sys.executable, "-W", "ignore", str(HERE / "driver.py")]
     environment = {**os.environ, "LD_PRELOAD": str(library)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

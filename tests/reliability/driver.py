@@ -1,7 +1,7 @@
 """A process that imports everything once and, for each line of JSON that it is sent, forks a writer that may be killed.
 
 The writer says what became of its commits, a line of JSON each; the last line of an answer says how it ended.
-faults.c is preloaded.
+faults.c and looks.c are preloaded.
 """
 
 import gc
@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -107,6 +108,28 @@ def endure(say: Say, order: dict[str, Any]) -> None:
         say({"at": at, "call": call, "error": said, "found": found, "strays": strays, "handles": handles})
 
 
+def peruse(say: Say, order: dict[str, Any]) -> None:
+    """Two commits, read again and again; another call of the reader fails every time."""
+    subject, path = SUBJECTS[order["subject"]], Path(order["path"])
+    path.mkdir(exist_ok=True)
+    with closing(subject.commits(path, 1)) as commits:
+        list(itertools.islice(commits, 2))
+    for at in itertools.count(1):
+        said, found = None, None
+        begin(path, Plan.FAIL, at, order["error"], order["every"])
+        try:
+            found = subject.read(path)
+        except StoreError as error:
+            said = str(error)
+        calls, call = end(), failed()
+        again = subject.read(path)
+        gc.collect()
+        if calls < at:
+            return
+        handles = len(os.listdir("/proc/self/fd"))
+        say({"at": at, "call": call, "error": said, "found": found, "again": again, "handles": handles})
+
+
 # --- a disk slower than the rows
 
 
@@ -145,6 +168,13 @@ def starve(say: Say, order: dict[str, Any]) -> None:
 # --- the process
 
 
+def warm() -> None:
+    """One commit in each format, so that a writer's first takes no longer than its next."""
+    for subject in SUBJECTS.values():
+        with tempfile.TemporaryDirectory() as folder, closing(subject.commits(Path(folder), 1)) as commits:
+            next(commits)
+
+
 def answer(order: dict[str, Any]) -> None:
     """Fork a writer, pass on what it says, and say how it ended."""
     heard, said = os.pipe()
@@ -164,7 +194,7 @@ def answer(order: dict[str, Any]) -> None:
 
 def _obey(order: dict[str, Any], said: int) -> NoReturn:
     try:
-        work = {"write": write, "endure": endure, "starve": starve}[order["do"]]
+        work = {"write": write, "endure": endure, "peruse": peruse, "starve": starve}[order["do"]]
         work(lambda what: os.write(said, f"{json.dumps(what)}\n".encode()), order)
     except BaseException:
         traceback.print_exc()
@@ -174,6 +204,7 @@ def _obey(order: dict[str, Any], said: int) -> NoReturn:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a child has no team of threads
+    warm()
     gc.freeze()  # what was imported need not be looked through by every child
     for line in sys.stdin:
         answer(json.loads(line))

@@ -16,10 +16,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { COUNT, KILL, FAIL, SHORT, RECORD };
+#include "faults.h"
 
 static char below[4096];
-static int plan, number, for_ever, record = -1;
+int plan;
+static int number, for_ever, record = -1;
 static long at, calls;
 static char first[64];
 static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
@@ -38,7 +39,7 @@ long faults_end(void) {
 const char* faults_first(void) { return first; }  // the call that failed before all others
 
 // Where `path`, or without one what `handle` is open on, stands; whether that is below the folder.
-static int found(int handle, const char* path, char* to) {
+int found(int handle, const char* path, char* to) {
     if (!below[0]) return 0;
     const int error = errno;
     size_t used = 0;
@@ -56,7 +57,7 @@ static int found(int handle, const char* path, char* to) {
 }
 
 // Counts a call; 0, or the errno that it shall fail with.
-static int step(const char* name) {
+int step(const char* name) {
     pthread_mutex_lock(&guard);
     const long call = ++calls;
     const int hit = call == at || (for_ever && call > at);
@@ -81,12 +82,8 @@ void faults_mark(long value) {
 
 static long inode(int handle) {
     struct stat now;
-    return fstat(handle, &now) ? -1 : (long)now.st_ino;
+    return syscall(SYS_fstat, handle, &now) ? -1 : (long)now.st_ino;
 }
-
-#define REAL(type, name, ...) \
-    static type (*real)(__VA_ARGS__); \
-    if (!real) real = (type(*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
 
 // While calls are written down they happen one after the other, each with its line.
 #define BEGIN_RECORD() \
@@ -105,7 +102,7 @@ static int opened(const char* name, int folder, const char* path, int flags, mod
     if (!found(folder, path, where)) return real(folder, path, flags, mode);
     REFUSE(name);
     BEGIN_RECORD();
-    const int missing = (flags & O_CREAT) && access(where, F_OK);
+    const int missing = (flags & O_CREAT) && syscall(SYS_faccessat, AT_FDCWD, where, F_OK);
     const int handle = real(folder, path, flags, mode);
     if (plan == RECORD && handle >= 0 && missing) note("create", inode(handle), where, "", 0, 0, 0);
     END_RECORD();

@@ -1,5 +1,6 @@
 """What is killed, cut off and starved here: commits 1, 2, 3, ... in each format, their content made of their number."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,8 +42,9 @@ class Activations:
 
     def seen(self, path: Path) -> tuple[int, ...]:
         """The commits of the newest generation; fails unless their rows are exactly what was given."""
-        if not any(path.glob("manifest-*.json")):
-            return ()
+        return self._content(path) if any(path.glob("manifest-*.json")) else ()
+
+    def _content(self, path: Path) -> tuple[int, ...]:
         kept = activations(path)
         assert not kept.damaged
         if not len(kept):
@@ -57,7 +59,11 @@ class Activations:
 
     def found(self, path: Path) -> tuple[int, ...]:
         """The commits that are there; fails unless they are whole, and all counts and checksums fit."""
-        numbers = self.seen(path)
+        return self.read(path) if any(path.glob("manifest-*.json")) else ()
+
+    def read(self, path: Path) -> tuple[int, ...]:
+        """The same of a folder that holds a generation."""
+        numbers = self._content(path)
         if numbers:
             assert store.verify(path).rows == 2 * ROWS * len(numbers)
         return numbers
@@ -86,17 +92,19 @@ class Saved:
 
     def commits(self, path: Path, first: int) -> Iterator[int]:
         """One writer's life: each commit from the first on, once it is acknowledged."""
-        path.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # it is there
+            path.mkdir()
         for number in itertools.count(first):
             save(self.moments(number), path / f"x.{self.name}")
             yield number
 
     def seen(self, path: Path) -> tuple[int, ...]:
         """The commit that is there; fails unless it is whole, ledger included."""
-        file = path / f"x.{self.name}"
-        if not file.exists():
-            return ()
-        back = load(file)
+        return self.read(path) if (path / f"x.{self.name}").exists() else ()
+
+    def read(self, path: Path) -> tuple[int, ...]:
+        """The same of a folder that holds a commit."""
+        back = load(path / f"x.{self.name}")
         number = int(back.mean[0] - 6)
         state, expected = back.state_dict(), self.moments(number).state_dict()
         assert state.pop("settings") == expected.pop("settings")

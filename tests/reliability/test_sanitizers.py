@@ -1,4 +1,4 @@
-"""The ring's C++ under the sanitisers, driven by ring_driver.cpp: no report."""
+"""The ring's C++ under the sanitisers and valgrind's memcheck, driven by ring_driver.cpp: no report."""
 
 import os
 import shutil
@@ -15,21 +15,26 @@ SOURCES = ("ring", "ring_writers", "slots", "writing", "gather", "crc32c", "driv
 WITH = {
     "addresses": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "threads": ["-fsanitize=thread"],
+    "valgrind": [],
 }
+VALGRIND = ("valgrind", "-q", "--error-exitcode=9", "--leak-check=full", "--fair-sched=yes")
+STRICT = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
 
 @pytest.mark.parametrize("kind", WITH)
-def test_the_ring_is_clean(kind: str, scale: Any, memory: Path) -> None:
-    if not shutil.which("g++"):
-        pytest.skip("no g++ to compile with")
-    program = memory / "driver"
+def test_the_ring_is_clean(kind: str, scale: Any, ran: Any, memory: Path) -> None:
+    slow = kind == "valgrind"
+    for tool in ("g++", *VALGRIND[:slow]):
+        if not shutil.which(tool):
+            pytest.skip(f"no {tool}")
+    program, rounds = memory / "driver", scale(1, 15 if slow else 100)
     files = [HERE / "ring_driver.cpp", *(CSRC / f"{name}.cpp" for name in SOURCES)]
     flags = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-pthread", "-I", CSRC, *WITH[kind]]
     built = subprocess.run(["g++", *flags, *files, "-o", program, "-ldl"], capture_output=True, text=True)
     if "cannot find" in built.stderr:
         pytest.skip(f"no library for {kind}")
     assert built.returncode == 0, built.stderr
-    strict = {"ASAN_OPTIONS": "detect_stack_use_after_return=1", "TSAN_OPTIONS": "halt_on_error=1"}
-    command = [program, memory, str(scale(1, 100))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **strict}, timeout=1200)
+    command = [*(VALGRIND if slow else ()), program, memory, str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **STRICT}, timeout=1200)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    ran(f"{rounds} times the rounds")

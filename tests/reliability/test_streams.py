@@ -18,13 +18,16 @@ SAMPLE = {"p": 0.5, "seed": 3}
 
 @pytest.mark.parametrize("share", [0.1, 0.0], ids=["a tenth", "nothing"])
 @pytest.mark.parametrize("policy", ["block", "drop", "sample"])
-def test_a_disk_slower_than_the_rows(policy: str, share: float, driver: Any, scale: Any, memory: Path) -> None:
+def test_a_disk_slower_than_the_rows(
+    policy: str, share: float, driver: Any, scale: Any, ran: Any, memory: Path
+) -> None:
     more = {"sample": SAMPLE} if policy == "sample" else {"policy": policy}
     order = {"path": memory / "kept", "rate": RATE, "share": share, "seconds": scale(0.4, 8.0)}
     (said,), status = driver.run("starve", **order, **more)
     assert status == 0
     counts = said["rows"]
     assert counts["formed"] == said["offered"] == sum(counts.values()) - counts["formed"]
+    ran(f"{said['offered']:,} rows offered, {counts['accumulated']:,} written, {said['growth'] >> 10:,} KiB more")
     assert said["growth"] <= MOST_GROWTH
     assert bool(said["late"]) == (share == 0)
     found = activations(memory / "kept")["a"] if counts["accumulated"] else ()
@@ -42,7 +45,7 @@ def test_a_disk_slower_than_the_rows(policy: str, share: float, driver: Any, sca
         store.verify(memory / "kept")
 
 
-def test_sixteen_threads_and_sixty_four_requests(scale: Any, memory: Path) -> None:
+def test_sixteen_threads_and_sixty_four_requests(scale: Any, ran: Any, memory: Path) -> None:
     """Rows that hold the number of their request and their own: every one is found under its request."""
     threads, requests, count = 16, 64, scale(100_000, 1_000_000)
 
@@ -63,3 +66,4 @@ def test_sixteen_threads_and_sixty_four_requests(scale: Any, memory: Path) -> No
     names = torch.tensor([int(name.split()[1]) for name in view.places.names])
     assert torch.equal(names[view.places.request].float(), view.rows[:, 0])
     assert store.verify(memory).rows == count
+    ran(f"{count:,} rows")

@@ -54,7 +54,7 @@ def killed(driver: Any, order: dict[str, Any], inject: str) -> tuple[list[int], 
 
 
 @every_format
-def test_killed_at_every_system_call(subject: Any, driver: Any, scale: Any, memory: Path) -> None:
+def test_killed_at_every_system_call(subject: Any, driver: Any, scale: Any, ran: Any, memory: Path) -> None:
     start, path, kills = memory / "start", memory / "kept", 0
     order = {"subject": subject.name, "path": path, "first": 3, "commits": 1}
     driver.run("write", **order | {"path": start, "first": 1, "commits": 2})
@@ -76,5 +76,5 @@ def test_killed_at_every_system_call(subject: Any, driver: Any, scale: Any, memo
                 break
             assert status == -signal.SIGKILL
             kills += 1
-    print(f"{kills} kills")  # shown by -rP
+    ran(f"{kills} kills")
     assert kills > scale(1, 20)
