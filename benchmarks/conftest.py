@@ -36,6 +36,7 @@ ORDER = (
     "accuracy",
     "ring",
     "store",
+    "export",
     "model",
     "decoding",
 )
