@@ -255,11 +255,19 @@ def test_the_mode_follows_the_umask(mask: int, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "v.h5").stat().st_mode) == 0o666 & ~mask
 
 
-def test_saving_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+@every_format
+def test_saving_keeps_what_was_there_and_nothing_else(suffix: str, tmp_path: Path) -> None:
     for seed in range(3):
-        save(directions_of(seed=seed), tmp_path / "v.safetensors")
-    assert [p.name for p in tmp_path.iterdir()] == ["v.safetensors"]
-    assert state(load(tmp_path / "v.safetensors")) == state(directions_of(seed=2))
+        save(directions_of(seed=seed), tmp_path / f"v{suffix}")
+    assert {p.name for p in tmp_path.iterdir()} == {f"v{suffix}", f"v.previous{suffix}"}
+    assert state(load(tmp_path / f"v{suffix}")) == state(directions_of(seed=2))
+    assert state(load(tmp_path / f"v.previous{suffix}")) == state(directions_of(seed=1))
+
+
+def test_a_file_of_another_s_is_kept_too(tmp_path: Path) -> None:
+    (tmp_path / "v.h5").write_bytes(b"mine")
+    save(directions_of(), tmp_path / "v.h5")
+    assert (tmp_path / "v.previous.h5").read_bytes() == b"mine"
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
@@ -268,6 +276,8 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     save(directions_of(), tmp_path / "v.h5")
     assert (tmp_path / "v.h5").is_symlink()
     assert state(load(tmp_path / "real" / "kept.h5")) == state(directions_of())
+    save(directions_of(seed=1), tmp_path / "v.h5")
+    assert state(load(tmp_path / "real" / "kept.previous.h5")) == state(directions_of())
 
 
 def test_paths_may_be_strings_and_long(tmp_path: Path) -> None:
