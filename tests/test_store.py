@@ -331,25 +331,3 @@ def test_a_missing_file_and_a_folder_are_named(suffix: str, tmp_path: Path) -> N
     (tmp_path / f"folder{suffix}").mkdir()
     with pytest.raises(StoreError, match="not a regular file"):
         load(tmp_path / f"folder{suffix}")
-
-
-# --- files of the past, kept for ever
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
-def test_directions_of_format_1(suffix: str) -> None:
-    found = load(Path(__file__).parent / "data" / "format1" / f"directions{suffix}")
-    assert found.names == ("at ease", "grief-stricken")
-    assert found.patterns.tolist() == [[3, 4, 0], [0, 0, -2]]
-    assert torch.equal(found.readers, torch.tensor([[0.6, 0.8, 0], [0, 0, -1]]))
-    assert found.centre.tolist() == [1, 2, 3]
-    assert (found.mean_norm, found.residual.tolist(), found.hook_point) == (13.25, [1, 0.5], "model.layers.20")
-    assert found.tokens == Tokens(skip=49, pool="mean")
-    assert found.provenance == {"method": "difference", "model": "Toy(hidden_size=3)"}
-    scale = found.scale()
-    assert (scale.mean.tolist(), scale.std.tolist(), scale.count, scale.tokens) == ([0.5, -0.5], [2, 4], 90, Tokens())
-    assert scale.stream is not None
-    assert (scale.stream.alpha, scale.stream.window, scale.stream.count) == (0.125, 16, 90)
-    assert scale.stream.mean.flatten().tolist() == list(range(6))
-    assert scale.stream.std.flatten().tolist() == list(range(1, 7))
-    assert scale.stream.largest.flatten().tolist() == list(range(12))
