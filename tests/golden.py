@@ -58,7 +58,7 @@ def moments() -> Moments:
 
 
 def activations(folder: Path) -> None:
-    """Two commits at two hook points, of which the second has a row that is not finite."""
+    """Two commits at three hook points, of which the second has a row that is not finite and the third no other."""
     with ActivationStore(folder, labels=["calm", "on edge"], model="toy") as kept:
         where = {"labels": ["calm", None], "requests": ["é", "r"], "sequence": torch.tensor([0, 1])}
         where |= {"position": torch.tensor([1, 2]), "token": torch.tensor([3, -1])}
@@ -68,6 +68,7 @@ def activations(folder: Path) -> None:
         where = {"labels": ["on edge", "calm"], "requests": ["r", "r"], "sequence": torch.tensor([2, 2])}
         kept.at("layers.0").update(torch.tensor([[3, 4], [5, 6]], dtype=torch.bfloat16), **where)
         kept.at("layers.1").update(torch.tensor([[torch.inf, 0, 0], [7, 8, 9]]), **where)
+        kept.at("layers.2").update(torch.full((2, 4), torch.nan, dtype=torch.float16), **where)
 
 
 def ranks(folder: Path) -> None:

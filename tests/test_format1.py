@@ -88,7 +88,7 @@ def columns(found: Activations, name: str) -> dict[str, Any]:
 def check_activations(found: Activations) -> None:
     """The newest of two generations."""
     assert (found.labels, found.manifest.model, found.manifest.sequences) == (("calm", "on edge"), "toy", 3)
-    assert found.hook_points == ("layers.0", "layers.1")
+    assert found.hook_points == ("layers.0", "layers.1", "layers.2")
     one, other = found["layers.0"], found["layers.1"]
     assert (one.dtype, other.dtype) == (torch.bfloat16, torch.float32)
     assert one.rows.tolist() == [[1, -2], [0.5, 256], [3, 4], [5, 6]]
@@ -107,13 +107,14 @@ def check_activations(found: Activations) -> None:
         "label": [0, -1, 0],
         "request": ["é", "r", "r"],
     }
+    assert (found["layers.2"].dtype, found["layers.2"].rows.shape) == (torch.float16, (0, 4))
     counts = [(rows.formed, rows.accumulated, rows.nonfinite) for rows in (x.rows for x in found.ledger.values())]
-    assert counts == [(4, 4, 0), (4, 3, 1)]
+    assert counts == [(4, 4, 0), (4, 3, 1), (2, 0, 2)]
 
 
 def test_activations() -> None:
     audit = store.verify(KEPT / "activations")
-    assert (audit.generation, audit.hook_points, audit.shards, audit.rows, audit.bytes) == (2, 2, 7, 7, 209)
+    assert (audit.generation, audit.hook_points, audit.shards, audit.rows, audit.bytes) == (2, 3, 7, 7, 209)
     check_activations(activations(KEPT / "activations"))
 
 
@@ -146,7 +147,7 @@ def test_joined_ranks(tmp_path: Path) -> None:
 
 def test_exported(tmp_path: Path) -> None:
     audit = store.from_hdf5(KEPT / "exported", tmp_path / "acts")
-    assert (audit.hook_points, audit.shards, audit.rows, audit.bytes) == (2, 7, 7, 209)
+    assert (audit.hook_points, audit.shards, audit.rows, audit.bytes) == (3, 7, 7, 209)
     check_activations(activations(tmp_path / "acts"))
 
 
