@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,28 @@ from torch import Tensor
 
 from .errors import ArgumentError, StoreError, said
 from .formats import KEY
-from .manifest import Manifest, Rows
+from .manifest import Index, Manifest, Rows
 from .publishing import publish
 from .replaying import activations
 from .shards import FORMAT
 
-FILTERS = {"zstd": "Zstd", "blosc2": "Blosc2"}  # of hdf5plugin
+# By hdf5plugin: the filter and its settings. More than level 1 makes rows hardly smaller, and Blosc2's own codec none at all.
+FILTERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "zstd": ("Zstd", {"clevel": 1}),
+    "blosc2": ("Blosc2", {"cname": "zstd", "clevel": 1, "filters": 1}),  # bytes of a value apart
+}
 DTYPE = "emocore_dtype"  # the attribute that says what a dataset's numbers are
 CHUNK = 1 << 20  # bytes that are compressed together
 
 
 @dataclass(frozen=True)
 class About:
-    """What a file says of itself: its hook point, number `place` of the store, its ledger, the index it holds."""
+    """What a file says of itself: its hook point, `place` of how many, its ledger, the index it holds."""
 
     format: int
     hook_point: str
     place: int
+    hook_points: int
     tokens: Mapping[str, Any] | None
     ledger: Mapping[str, Any]
     index: str
@@ -49,9 +55,10 @@ def to_hdf5(
     """Write every shard of the store in `path` to a file in the folder `out`, and return the files.
 
     A file holds `rows` [n, D], the columns of their index [n], and `emocore`, a JSON text: hook point, labels, token
-    rule, ledger, model. HDF5 has no bfloat16: its bits are uint16 under the attribute `emocore_dtype`. `compression` is
-    "zstd" or "blosc2", by the package hdf5plugin. Raises ArgumentError, and StoreError where the store is damaged, the
-    package is missing, or a file cannot be written.
+    rule, ledger, model; a hook point that has no rows gets a file `empty-...` of n = 0. HDF5 has no bfloat16: its bits
+    are uint16 under the attribute `emocore_dtype`. `compression` is "zstd" or "blosc2", by the package hdf5plugin.
+    Raises ArgumentError, and StoreError where the store is damaged, the package is missing, or a file cannot be
+    written.
     """
     squeeze = _squeezed(compression)
     found, out = activations(path), Path(out)
@@ -66,10 +73,25 @@ def to_hdf5(
             **found.tensors(shard.file, layouts[shard.file]),
             **found.tensors(shard.index, layouts[shard.index]),
         }
-        text = _text(found.manifest, shard)
         files.append(out / f"{Path(shard.file.replace('/', '-')).stem}.h5")
-        publish(files[-1], _packed(tensors, text, squeeze))
-    return tuple(files)
+        publish(files[-1], _packed(tensors, _text(found.manifest, shard), squeeze))
+    return (*files, *_without_rows(found.manifest, out))
+
+
+def _without_rows(manifest: Manifest, out: Path) -> Iterator[Path]:
+    """Write the files of hook points without rows, and remove such that an earlier export left of others."""
+    filled = {shard.point for shard in manifest.rows}
+    for place, point in enumerate(manifest.points):
+        file = out / f"empty-{place:03}.h5"
+        if place in filled:
+            with contextlib.suppress(OSError):
+                file.unlink()
+            continue
+        shard, index = Rows("", place, 0, 0, ""), Index("", 0, 0, 0, 0)
+        layout = {**shard.layout(point).tensors, **index.layout.tensors}
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
+        publish(file, _packed(tensors, _text(manifest, shard), {}))
+        yield file
 
 
 def _squeezed(compression: str | None) -> Mapping[str, Any]:
@@ -86,7 +108,8 @@ def _squeezed(compression: str | None) -> Mapping[str, Any]:
             got=str(error),
             way_out="Install emocore-engine[hdf5], or give compression=None.",
         ) from error
-    found: Mapping[str, Any] = getattr(plugin, FILTERS[compression])()
+    name, settings = FILTERS[compression]
+    found: Mapping[str, Any] = getattr(plugin, name)(**settings)
     return found
 
 
@@ -96,6 +119,7 @@ def _text(manifest: Manifest, shard: Rows) -> str:
         format=FORMAT,
         hook_point=point.hook_point,
         place=shard.point,
+        hook_points=len(manifest.points),
         tokens=point.tokens,
         ledger=point.ledger,
         index=shard.index,

@@ -35,6 +35,7 @@ def from_hdf5(
 ) -> Audit:
     """Make an activation store in the folder `out`, new or empty, of the files that `to_hdf5` wrote to `path`.
 
+    It holds the same hook points, rows, places and ledgers; of joined ranks it is one plain store.
     The files are not trusted. A child process reads them, and is ended after `timeout` seconds; what it has made is
     verified, and only then gets its name. Unpacked it may take `limit` bytes, by default 16 times those of the files.
     Raises StoreError naming `path` and what is wrong; nothing is then left behind.
@@ -157,7 +158,7 @@ def _filters() -> frozenset[int]:
         plugin = importlib.import_module("hdf5plugin")
     except ImportError:
         return frozenset()
-    return frozenset(getattr(plugin, name).filter_id for name in FILTERS.values())
+    return frozenset(getattr(plugin, name).filter_id for name, _ in FILTERS.values())
 
 
 def _confine(limit: int, seconds: float) -> None:

@@ -26,7 +26,7 @@ from .importing import from_hdf5
 from .joining import join
 from .moments import Moments
 from .precision import FLOATS
-from .publishing import publish
+from .publishing import previous_of, publish
 from .replaying import activations
 from .sums import Sums
 from .tokens import Tokens
@@ -46,8 +46,9 @@ ROW_DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 def save(obj: Stored | Mapping[str, Stored], path: str | os.PathLike[str]) -> None:
     """Save Moments or Directions, or a mapping of one of them by hook point, to `.safetensors` or `.h5`, durably.
 
-    Raises StoreError naming path and errno when it cannot be written, and ArgumentError for other types or suffixes; a
-    file saved there before survives both.
+    Whatever file was at `v.safetensors` is kept as `v.previous.safetensors`, in the place of the one kept before; a
+    file that cannot be kept is not replaced. Raises StoreError naming path and errno when it cannot be written, and
+    ArgumentError for other types or suffixes; a file saved there before survives both.
 
     >>> import tempfile; folder = Path(tempfile.mkdtemp())
     >>> m = Moments(); m.update(torch.ones(2, 3)); save(m, folder / "m.safetensors")
@@ -65,30 +66,44 @@ def save(obj: Stored | Mapping[str, Stored], path: str | os.PathLike[str]) -> No
         for name, one in obj.items():
             header["objects"][name], parts = _parts(one)
             tensors |= {f"{name}/{key}": t for key, t in parts.items()}
-    publish(path, form.pack({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, _text(header)))
+    data = form.pack({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, _text(header))
+    publish(path, data, previous_of(path))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
     """Load what `save` wrote: Moments, Directions, or {hook point: one of them}; of a folder, its `activations`.
 
-    Raises StoreError, naming the file and what is wrong, for a missing, corrupt, foreign or newer file.
+    Raises StoreError, naming the file and what is wrong, for a missing, corrupt, foreign or newer file; of one that is
+    damaged it names the file that `save` has kept from before, where that is whole.
     """
     path = Path(path)
     if path.suffix not in FORMATS and path.is_dir():
         return activations(path)
     form = _format(path)
-    data = _read(path)
     try:
-        text, tensors = form.unpack(data)
-        return _built(path, parse(text), tensors)
+        return _loaded(path, form)
     except StoreError:
         raise
     except Exception as error:
         raise StoreError(
             f"{path}: not a file that emocore saved, or damaged",
             got=f"{type(error).__name__}: {error}",
-            way_out="Save it again from its source.",
+            way_out=_way_back(previous_of(path), form),
         ) from error
+
+
+def _loaded(path: Path, form: Format) -> Any:
+    """Raises StoreError where it can say what is wrong, and anything else for what is not whole."""
+    text, tensors = form.unpack(_read(path))
+    return _built(path, parse(text), tensors)
+
+
+def _way_back(previous: Path, form: Format) -> str:
+    try:
+        _loaded(previous, form)
+    except Exception:
+        return "Save it again from its source."
+    return f"Save it again from its source, or load {previous}, which is what was saved there before."
 
 
 def _format(path: Path) -> Format:

@@ -26,7 +26,7 @@ from .manifest import Index, Manifest, Point, Rows
 from .ring import Ring
 from .shards import FORMAT, Draft, Layout, Shape, opened
 
-NAME = re.compile(r"(rank-\d{5}-)?rows-\d{8}-\d{3,6}\.h5", re.ASCII)
+NAME = re.compile(r"((rank-\d{5}-)?rows-\d{8}|empty)-\d{3,6}\.h5", re.ASCII)
 
 
 def exported(path: Path) -> list[str]:
@@ -96,6 +96,8 @@ class File:
             raise ValueError(f"datasets {sorted(self.tensors.keys() ^ expected.keys())} are missing or unknown")
         for name, (dtype, shape) in expected.items():
             _check(name, self.tensors[name], dtype, shape)
+        if not n and self.index.requests + self.index.text:
+            raise ValueError("requests of no rows")
         if sum(t.nbytes for t in self.tensors.values() if t.chunks is None) > size:
             raise ValueError("datasets claim more than the file holds")
 
@@ -137,7 +139,7 @@ class Unpacked:
 
     def __init__(self, folder: int, ring: Ring) -> None:
         self._folder, self._ring = folder, ring
-        self._of: tuple[Sequence[str], str | None, int] | None = None  # labels, model and generation
+        self._of: tuple[Sequence[str], str | None, int, int] | None = None  # labels, model, generation, hook points
         self._points: dict[int, Point] = {}  # by the place that they had
         self._rows: list[Rows] = []
         self._indexes: dict[tuple[str, Index], Index] = {}  # by the name that they had, and what they hold
@@ -146,10 +148,12 @@ class Unpacked:
     def take(self, found: File) -> None:
         """Write the shards of one file. Raises ValueError where it is of another store than those before."""
         about = found.about
-        of = (about.labels, about.model, about.generation)
+        of = (about.labels, about.model, about.generation, about.hook_points)
         if (self._of or of) != of or self._points.setdefault(about.place, found.point) != found.point:
             raise ValueError("of another store, or of another state of it, than the files before")
         self._of = of
+        if not found.rows.rows:
+            return
         number = len(self._rows)
         file, crc = self._shard("rows", number, found, found.rows.layout(found.point))
         self._rows.append(replace(found.rows, file=file, crc32c=crc, index=self._index(number, found)))
@@ -182,12 +186,14 @@ class Unpacked:
 
     def manifest(self) -> Manifest:
         """Generation 1 of it all. Raises ValueError where a file is missing, or anything does not fit the rest."""
-        places, (labels, model, _) = sorted(self._points), self._of or ((), None, 0)
+        places, (labels, model, _, count) = sorted(self._points), self._of or ((), None, 0, 0)
+        if len(places) != count or places != [*range(len(places))]:
+            raise ValueError(f"files of hook points {places}, not of all {count}")
         made = Manifest(
             generation=1,
             labels=labels,
             points=[self._points[place] for place in places],
-            rows=[replace(rows, point=places.index(rows.point)) for rows in self._rows],
+            rows=self._rows,
             indexes=tuple(self._indexes.values()),
             sequences=self._sequences,
             model=model,

@@ -50,7 +50,7 @@ def alike(one: Activations, other: Activations) -> None:
     """Everything but generations and names of files."""
     assert one.hook_points == other.hook_points
     assert (one.labels, one.ledger, one.manifest.model) == (other.labels, other.ledger, other.manifest.model)
-    assert one.manifest.sequences == other.manifest.sequences
+    assert one.manifest.sequences == other.manifest.sequences or one.manifest.ranks
     assert [shard.rows for shard in one.manifest.rows] == [shard.rows for shard in other.manifest.rows]
     for name, view in one.items():
         assert torch.equal(view.rows, other[name].rows)
@@ -77,6 +77,50 @@ def test_round_trip(kept: Path, files: Path, tmp_path: Path) -> None:
     alike(activations(kept), activations(tmp_path / "again"))
 
 
+def with_empty(folder: Path) -> None:
+    """Three hook points, of which the first and the last have no row that is finite."""
+    with ActivationStore(folder, labels=["calm"]) as writer:
+        writer.at("none").update(torch.full((2, 5), torch.nan), ["calm", None])
+        writer.at("some").update(randn(3, 4).bfloat16(), requests=["r", "s", "r"])
+        writer.at("last").update(torch.full((7, 6), torch.inf, dtype=torch.float16))
+
+
+def test_a_hook_point_without_rows(tmp_path: Path) -> None:
+    with_empty(tmp_path / "acts")
+    files = store.to_hdf5(tmp_path / "acts", tmp_path / "out")
+    assert [file.name for file in files] == ["rows-00000000-001.h5", "empty-000.h5", "empty-002.h5"]
+    store.from_hdf5(tmp_path / "out", tmp_path / "again")
+    again = activations(tmp_path / "again")
+    alike(activations(tmp_path / "acts"), again)
+    assert again.hook_points == ("none", "some", "last")
+    assert (again["none"].rows.shape, again["last"].rows.dtype) == ((0, 5), torch.float16)
+    assert [ledger.rows.nonfinite for ledger in again.ledger.values()] == [2, 0, 7]
+    for name in ("acts", "again"):
+        with ActivationStore(tmp_path / name) as writer:
+            writer.at("none").update(randn(1, 5))
+    alike(activations(tmp_path / "acts"), activations(tmp_path / "again"))
+
+
+def test_a_hook_point_that_has_rows_by_the_next_export(tmp_path: Path) -> None:
+    """The file that said it had none goes."""
+    with_empty(tmp_path / "acts")
+    store.to_hdf5(tmp_path / "acts", tmp_path / "out")
+    with ActivationStore(tmp_path / "acts") as writer:
+        writer.at("none").update(randn(1, 5))
+    store.to_hdf5(tmp_path / "acts", tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").glob("empty*")} == {"empty-002.h5"}
+    store.from_hdf5(tmp_path / "out", tmp_path / "again")
+    alike(activations(tmp_path / "acts"), activations(tmp_path / "again"))
+
+
+def test_no_rows_at_all(tmp_path: Path) -> None:
+    with ActivationStore(tmp_path / "acts") as writer:
+        writer.at("none").update(torch.full((2, 5), torch.nan))
+    store.to_hdf5(tmp_path / "acts", tmp_path / "out")
+    assert store.from_hdf5(tmp_path / "out", tmp_path / "again").rows == 0
+    alike(activations(tmp_path / "acts"), activations(tmp_path / "again"))
+
+
 @pytest.mark.parametrize("compression", ["zstd", "blosc2"])
 def test_compressed(compression: str, kept: Path, tmp_path: Path) -> None:
     pytest.importorskip("hdf5plugin")
@@ -98,11 +142,29 @@ def test_a_capture_and_joined_ranks(tokenwise: Any, tmp_path: Path) -> None:
     store.to_hdf5(tmp_path / "acts", tmp_path / "out")
     store.from_hdf5(tmp_path / "out", tmp_path / "again")
     found, again = activations(tmp_path / "acts"), activations(tmp_path / "again")
-    for name, view in found.items():
-        assert torch.equal(view.rows, again[name].rows)
-        assert torch.equal(view.places.sequence, again[name].places.sequence)
-        assert (view.tokens, found.ledger[name]) == (again[name].tokens, again.ledger[name])
+    alike(found, again)
+    assert found["layers.0"].tokens == Tokens(skip=1)
     assert again.manifest.sequences > int(again["layers.0"].places.sequence.max())
+
+
+def test_joined_ranks_become_a_plain_store(tmp_path: Path) -> None:
+    """Also where the ranks have not the same hook points, and one of these has no rows; a writer goes on with it."""
+    for rank in range(2):
+        with ActivationStore(tmp_path / "acts", labels=["calm"], model="m", rank=rank, world=2) as writer:
+            where = {"requests": ["a", f"b{rank}"], "sequence": torch.tensor([rank, rank + 2])}
+            writer.at(f"only.{rank}").update(torch.full((1 + rank, 3), torch.nan))
+            writer.at("both").update(randn(2, 3, seed=rank), ["calm", None], **where)
+    store.join(tmp_path / "acts")
+    store.to_hdf5(tmp_path / "acts", tmp_path / "out")
+    store.from_hdf5(tmp_path / "out", tmp_path / "again")
+    found, again = activations(tmp_path / "acts"), activations(tmp_path / "again")
+    alike(found, again)
+    assert again.hook_points == ("only.0", "both", "only.1")
+    assert (again.manifest.rank, again.manifest.world, again.manifest.ranks) == (0, 1, None)
+    assert [ledger.rows.nonfinite for ledger in again.ledger.values()] == [1, 0, 2]
+    with ActivationStore(tmp_path / "again") as writer:
+        writer.at("both").update(randn(1, 3))
+    assert store.verify(tmp_path / "again").rows == 5
 
 
 def test_an_empty_folder_may_be_there_already(files: Path, tmp_path: Path) -> None:
@@ -235,6 +297,36 @@ def test_a_missing_file(files: Path, tmp_path: Path) -> None:
     (files / "rows-00000001-001.h5").unlink()
     with pytest.raises(StoreError, match=r"out: could not be imported; got the files together.*its ledger says"):
         store.from_hdf5(files, tmp_path / "again")
+    nothing_left(tmp_path)
+
+
+def test_all_files_of_a_hook_point_are_missing(files: Path, tmp_path: Path) -> None:
+    for path in files.glob("rows-*-002.h5"):
+        path.unlink()
+    with pytest.raises(StoreError, match=r"files of hook points \[0, 1\], not of all 3"):
+        store.from_hdf5(files, tmp_path / "again")
+    nothing_left(tmp_path)
+
+
+HOSTILE_EMPTY = {
+    "requests": (replaced("request_ends", data=np.zeros(2), shape=(2,)), "requests of no rows"),
+    "rows in the ledger": (text(b'"accumulated": 0', b'"accumulated": 2'), "do not add up"),
+    "a place of another": (text(b'"place": 0', b'"place": 1'), "of another store"),
+    "a place too far": (text(b'"place": 0', b'"place": 9'), r"files of hook points \[1, 2, 9\], not of all 3"),
+    "hook points without number": (text(b'"hook_points": 3', b'"hook_points": 9' + b"9" * 20), "of another store"),
+}
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize("kind", HOSTILE_EMPTY)
+def test_hostile_without_rows(kind: str, tmp_path: Path) -> None:
+    change, said = HOSTILE_EMPTY[kind]
+    with_empty(tmp_path / "acts")
+    store.to_hdf5(tmp_path / "acts", tmp_path / "out")
+    with h5py.File(tmp_path / "out" / "empty-000.h5", "a") as file:
+        change(file)
+    with pytest.raises(StoreError, match=said):
+        store.from_hdf5(tmp_path / "out", tmp_path / "again")
     nothing_left(tmp_path)
 
 

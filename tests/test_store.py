@@ -255,11 +255,19 @@ def test_the_mode_follows_the_umask(mask: int, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "v.h5").stat().st_mode) == 0o666 & ~mask
 
 
-def test_saving_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+@every_format
+def test_saving_keeps_what_was_there_and_nothing_else(suffix: str, tmp_path: Path) -> None:
     for seed in range(3):
-        save(directions_of(seed=seed), tmp_path / "v.safetensors")
-    assert [p.name for p in tmp_path.iterdir()] == ["v.safetensors"]
-    assert state(load(tmp_path / "v.safetensors")) == state(directions_of(seed=2))
+        save(directions_of(seed=seed), tmp_path / f"v{suffix}")
+    assert {p.name for p in tmp_path.iterdir()} == {f"v{suffix}", f"v.previous{suffix}"}
+    assert state(load(tmp_path / f"v{suffix}")) == state(directions_of(seed=2))
+    assert state(load(tmp_path / f"v.previous{suffix}")) == state(directions_of(seed=1))
+
+
+def test_a_file_of_another_s_is_kept_too(tmp_path: Path) -> None:
+    (tmp_path / "v.h5").write_bytes(b"mine")
+    save(directions_of(), tmp_path / "v.h5")
+    assert (tmp_path / "v.previous.h5").read_bytes() == b"mine"
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
@@ -268,6 +276,8 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     save(directions_of(), tmp_path / "v.h5")
     assert (tmp_path / "v.h5").is_symlink()
     assert state(load(tmp_path / "real" / "kept.h5")) == state(directions_of())
+    save(directions_of(seed=1), tmp_path / "v.h5")
+    assert state(load(tmp_path / "real" / "kept.previous.h5")) == state(directions_of())
 
 
 def test_paths_may_be_strings_and_long(tmp_path: Path) -> None:
@@ -321,25 +331,3 @@ def test_a_missing_file_and_a_folder_are_named(suffix: str, tmp_path: Path) -> N
     (tmp_path / f"folder{suffix}").mkdir()
     with pytest.raises(StoreError, match="not a regular file"):
         load(tmp_path / f"folder{suffix}")
-
-
-# --- files of the past, kept for ever
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".h5"])
-def test_directions_of_format_1(suffix: str) -> None:
-    found = load(Path(__file__).parent / "data" / "format1" / f"directions{suffix}")
-    assert found.names == ("at ease", "grief-stricken")
-    assert found.patterns.tolist() == [[3, 4, 0], [0, 0, -2]]
-    assert torch.equal(found.readers, torch.tensor([[0.6, 0.8, 0], [0, 0, -1]]))
-    assert found.centre.tolist() == [1, 2, 3]
-    assert (found.mean_norm, found.residual.tolist(), found.hook_point) == (13.25, [1, 0.5], "model.layers.20")
-    assert found.tokens == Tokens(skip=49, pool="mean")
-    assert found.provenance == {"method": "difference", "model": "Toy(hidden_size=3)"}
-    scale = found.scale()
-    assert (scale.mean.tolist(), scale.std.tolist(), scale.count, scale.tokens) == ([0.5, -0.5], [2, 4], 90, Tokens())
-    assert scale.stream is not None
-    assert (scale.stream.alpha, scale.stream.window, scale.stream.count) == (0.125, 16, 90)
-    assert scale.stream.mean.flatten().tolist() == list(range(6))
-    assert scale.stream.std.flatten().tolist() == list(range(1, 7))
-    assert scale.stream.largest.flatten().tolist() == list(range(12))

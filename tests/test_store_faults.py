@@ -102,6 +102,27 @@ def test_garbage_behind_and_before(suffix: str, tmp_path: Path) -> None:
     refused(path)
 
 
+@every_format
+def test_what_was_saved_before_is_named_where_it_is_whole(suffix: str, tmp_path: Path) -> None:
+    path, before = tmp_path / f"v{suffix}", tmp_path / f"v.previous{suffix}"
+    save(directions(), path)
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(path, r"damaged; got .*\. Save it again from its source\.$")
+    save(directions(), path)  # what is kept now is the damaged one
+    save(moments(), path)
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(path, rf"damaged; got .*or load {before}, which is what was saved there before\.")
+    assert load(before).names == ("calm", "sad")
+    before.write_bytes(b"")
+    refused(path, r"Save it again from its source\.$")
+
+
+def test_a_way_back_of_a_newer_format_is_none(tmp_path: Path) -> None:
+    forged(directions(), tmp_path / "v.previous.h5", changed(format=2))
+    (tmp_path / "v.h5").write_bytes(b"")
+    refused(tmp_path / "v.h5", r"Save it again from its source\.$")
+
+
 # --- foreign files
 
 

@@ -246,6 +246,21 @@ static int renamed(int from_folder, const char* from, int to_folder, const char*
 int rename(const char* from, const char* to) { return renamed(AT_FDCWD, from, AT_FDCWD, to); }
 int renameat(int a, const char* from, int b, const char* to) { return renamed(a, from, b, to); }
 
+static int linked(int from_folder, const char* from, int to_folder, const char* to, int flags) {
+    REAL(int, "linkat", int, const char*, int, const char*, int);
+    char before[4096], after[4096];
+    if (!found(from_folder, from, before) || !found(to_folder, to, after))
+        return real(from_folder, from, to_folder, to, flags);
+    REFUSE("link");
+    BEGIN_RECORD();
+    const int result = real(from_folder, from, to_folder, to, flags);
+    if (plan == RECORD && !result) note("link", 0, before, after, 0, 0, 0);
+    END_RECORD();
+    return result;
+}
+int link(const char* from, const char* to) { return linked(AT_FDCWD, from, AT_FDCWD, to, 0); }
+int linkat(int a, const char* from, int b, const char* to, int flags) { return linked(a, from, b, to, flags); }
+
 static int unlinked(int folder, const char* path, int flags) {
     REAL(int, "unlinkat", int, const char*, int);
     char where[4096];

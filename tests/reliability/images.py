@@ -96,7 +96,11 @@ class Disk:
         self._named({call.path: self._file(call.file, new=True)})
 
     def _rename(self, call: Call) -> None:
-        self._named({call.path: None, call.to: self.now[call.path]})
+        if self.now[call.path] != self.now.get(call.to):  # of two names of one file, both stay
+            self._named({call.path: None, call.to: self.now[call.path]})
+
+    def _link(self, call: Call) -> None:
+        self._named({call.to: self.now[call.path]})
 
     def _unlink(self, call: Call) -> None:
         self._named({call.path: None})

@@ -40,12 +40,12 @@ class Activations:
                 kept.commit()
                 yield number
 
-    def seen(self, path: Path) -> tuple[int, ...]:
-        """The commits of the newest generation; fails unless their rows are exactly what was given."""
-        return self._content(path) if any(path.glob("manifest-*.json")) else ()
+    def seen(self, path: Path, generation: int | None = None) -> tuple[int, ...]:
+        """The commits of one generation, the newest; fails unless their rows are exactly what was given."""
+        return self._content(path, generation) if any(path.glob("manifest-*.json")) else ()
 
-    def _content(self, path: Path) -> tuple[int, ...]:
-        kept = activations(path)
+    def _content(self, path: Path, generation: int | None = None) -> tuple[int, ...]:
+        kept = activations(path, generation)
         assert not kept.damaged
         if not len(kept):
             return ()
@@ -68,6 +68,11 @@ class Activations:
             assert store.verify(path).rows == 2 * ROWS * len(numbers)
         return numbers
 
+    def before(self, path: Path) -> tuple[int, ...]:
+        """The commits of the generation before the newest; fails unless they are whole."""
+        older = generations(path)[1:]
+        return self.seen(path, older[0]) if older else ()
+
     def expected(self, acknowledged: Sequence[int]) -> tuple[int, ...]:
         """What is there after these commits."""
         return tuple(acknowledged)
@@ -79,7 +84,7 @@ class Activations:
 
 
 class Saved:
-    """One file, in which every commit takes the place of the one before."""
+    """One file, in which every commit takes the place of the one before, which stays beside it."""
 
     def __init__(self, suffix: str) -> None:
         self.name = suffix
@@ -98,13 +103,13 @@ class Saved:
             save(self.moments(number), path / f"x.{self.name}")
             yield number
 
-    def seen(self, path: Path) -> tuple[int, ...]:
+    def seen(self, path: Path, name: str = "x") -> tuple[int, ...]:
         """The commit that is there; fails unless it is whole, ledger included."""
-        return self.read(path) if (path / f"x.{self.name}").exists() else ()
+        return self.read(path, name) if (path / f"{name}.{self.name}").exists() else ()
 
-    def read(self, path: Path) -> tuple[int, ...]:
+    def read(self, path: Path, name: str = "x") -> tuple[int, ...]:
         """The same of a folder that holds a commit."""
-        back = load(path / f"x.{self.name}")
+        back = load(path / f"{name}.{self.name}")
         number = int(back.mean[0] - 6)
         state, expected = back.state_dict(), self.moments(number).state_dict()
         assert state.pop("settings") == expected.pop("settings")
@@ -113,15 +118,24 @@ class Saved:
         back.ledger.check()
         return (number,)
 
-    found = seen
+    def before(self, path: Path) -> tuple[int, ...]:
+        """The commit that is kept from before; fails unless it is whole."""
+        return self.seen(path, "x.previous")
+
+    def found(self, path: Path) -> tuple[int, ...]:
+        """The commit that is there; fails unless it and the one before are whole, that being at most two before."""
+        numbers = self.seen(path)
+        for number in numbers:
+            assert number - 2 <= max(self.before(path), default=0) <= number
+        return numbers
 
     def expected(self, acknowledged: Sequence[int]) -> tuple[int, ...]:
         """What is there after these commits."""
         return tuple(acknowledged[-1:])
 
     def strays(self, path: Path) -> set[str]:
-        """Names beside the file's."""
-        return {p.name for p in path.iterdir()} - {f"x.{self.name}"}
+        """Names beside those of the file and the one before."""
+        return {p.name for p in path.iterdir()} - {f"x.{self.name}", f"x.previous.{self.name}"}
 
 
 SUBJECTS = {subject.name: subject for subject in (Activations(), Saved("safetensors"), Saved("h5"))}

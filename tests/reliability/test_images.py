@@ -63,6 +63,7 @@ def check(subject: Any, acknowledged: int, path: Path) -> None:
     assert found == subject.expected(range(1, now + 1))
     assert next(subject.commits(path, now + 1)) == now + 1
     assert subject.found(path) == subject.expected(range(1, now + 2))
+    assert subject.before(path) == subject.expected(range(1, now + 1))
     assert not subject.strays(path)
 
 

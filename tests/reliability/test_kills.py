@@ -25,6 +25,7 @@ def go_on(subject: Any, path: Path, before: int) -> int:
     """One more commit, by the next writer, which sweeps up."""
     list(itertools.islice(subject.commits(path, before + 1), 1))
     assert subject.found(path) == subject.expected(range(1, before + 2))
+    assert subject.before(path) == subject.expected(range(1, before + 1))
     assert not subject.strays(path)
     return before + 1
 

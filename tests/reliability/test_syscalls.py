@@ -15,10 +15,8 @@ from .subjects import SUBJECTS
 
 every_format = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 
-ON_FILES = (
-    "openat mkdir getdents64 flock read pread64 write pwrite64 ftruncate fsync rename renameat unlink unlinkat close"
-)
-ON_MORE = "mmap munmap madvise futex lseek fstat newfstatat fcntl dup clone3 clone"
+ON_FILES = "openat mkdir getdents64 flock read pread64 write pwrite64 ftruncate fsync rename renameat unlink unlinkat"
+ON_MORE = "link close mmap munmap madvise futex lseek fstat newfstatat fcntl dup clone3 clone"
 
 
 def traced(child: int, inject: str) -> "subprocess.Popen[str]":
@@ -60,7 +58,7 @@ def test_killed_at_every_system_call(subject: Any, driver: Any, scale: Any, ran:
     driver.run("write", **order | {"path": start, "first": 1, "commits": 2})
     driver.run("write", **order | {"path": start, "commits": None}, seconds=0.004)  # leaves something to recover from
     before = max(subject.found(start))
-    for call in scale("fsync rename renameat pwrite64 unlink", f"{ON_FILES} {ON_MORE}").split():
+    for call in scale("fsync link rename renameat pwrite64 unlink", f"{ON_FILES} {ON_MORE}").split():
         for at in itertools.count(1):
             shutil.copytree(start, path)
             said, status = killed(driver, order | {"first": before + 1}, f"?{call}:signal=SIGKILL:when={at}")
@@ -70,6 +68,7 @@ def test_killed_at_every_system_call(subject: Any, driver: Any, scale: Any, ran:
             assert found == subject.expected(range(1, now + 1))
             assert next(subject.commits(path, now + 1)) == now + 1
             assert subject.found(path) == subject.expected(range(1, now + 2))
+            assert subject.before(path) == subject.expected(range(1, now + 1))
             assert not subject.strays(path)
             shutil.rmtree(path)
             if status == 0:
