@@ -24,7 +24,7 @@ from .publishing import publish
 from .replaying import activations
 from .shards import FORMAT
 
-# By hdf5plugin: the filter and its settings. More than level 1 makes rows hardly smaller, and Blosc2's own codec none at all.
+# Of hdf5plugin, with settings: higher levels make rows hardly smaller, and Blosc2's own codec does not at all.
 FILTERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "zstd": ("Zstd", {"clevel": 1}),
     "blosc2": ("Blosc2", {"cname": "zstd", "clevel": 1, "filters": 1}),  # bytes of a value apart
