@@ -22,7 +22,7 @@ FLOORS = [
         "_C",
         "native",
     ],
-    ["ops", "aot"],
+    ["gradients", "ops", "aot"],
     ["tokens", "ledger", "blocks", "sums", "groups", "plans", "pooling", "calibration"],
     [
         "readout",
