@@ -18,6 +18,7 @@ from torch import Tensor
 from . import native, ops
 from .control import Fault, Header, Station
 from .errors import ArgumentError, CaptureError, LedgerError
+from .faults import overrun
 from .forwards import outside_autograd
 from .outflow import Arrival, Outflow
 from .plans import Plan, recording, refuse_while_recording
@@ -280,11 +281,3 @@ class Courier:
         streamed = torch.cuda.stream(count.stream) if count.stream is not None else contextlib.nullcontext()
         with streamed:
             return bool(int(self._header[Header.ERRORS]) & Fault.OVERRUN)
-
-
-def overrun() -> CaptureError:
-    """A graph was replayed where there was no room for its rows."""
-    return CaptureError(
-        "capture: a replay has written over rows that were not yet copied to the store; those are dropped",
-        way_out="Call tap.gate() before every replay of a graph that was recorded inside the capture.",
-    )

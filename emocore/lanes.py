@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from . import ops
 from .batches import Batch, Call
-from .control import Fault, Header, Source, Station
-from .courier import Courier, overrun
-from .errors import ArgumentError, CaptureError, DeviceError, LabelError, ShapeError, TokenError
+from .control import Fault, Header, Station
+from .courier import Courier
+from .errors import ArgumentError, CaptureError, DeviceError, ShapeError
+from .faults import error_of
 from .forwards import in_backward, outside_autograd
 from .hookpoints import token_ids
 from .plans import Plan, Plans, recording, refuse_while_recording
 from .seats import Seat, Seats
+from .showings import Showing, check_sizes
 from .sinks import Binding
+from .tags import Tags
 
 _handles = itertools.count(1)
 
@@ -64,8 +67,7 @@ class Lane:
         self._courier = Courier(self.seats, self.plans.stations, self.plans.header) if receiving else None
         self._numbers: dict[Batch, int] = {}  # of open batches, for the courier
         self._number = 0  # of the batch that the device knows of
-        self._tokens = torch.zeros(0, dtype=torch.int32, device=device)  # of the open forward
-        self._labels: dict[tuple[str, ...], Tensor] = {}
+        self._tags = Tags(self.plans.header)
         self._open: Open | None = None
         self._ignored = False
         self._last: Plan | None = None  # of the last forward
@@ -102,23 +104,13 @@ class Lane:
             seat.onlooker.enter(batch)
         if len(self.plans.seen):
             self.plans.seen.zero_()
-        for names in self.seats.labels:
-            ids = batch.ids(names)
-            assert ids is not None
-            flat = ids.reshape(-1)
-            if names not in self._labels or len(self._labels[names]) < len(flat):
-                refuse_while_recording(self.device, "labels")
-                self._labels[names] = torch.full((len(flat),), -1, dtype=torch.int32, device=self.device)
-            self._labels[names][: len(flat)].copy_(flat, non_blocking=True)
-            # a packed batch [N] is told from one label a sequence by its length
-            packed = batch.cu_seqlens is not None and len(flat) != len(batch.cu_seqlens) - 1
-            self.plans.header[Header.LABELS] = Source.POSITION if ids.dim() > 1 or packed else Source.SEQUENCE
+        self._tags.enter(batch, self.seats.labels)
 
     @outside_autograd()
     def leave(self, batch: Batch) -> None:
         """The batch has ended: tokens begin anew, and labels are wanted again."""
         self.plans.header[Header.GOES_ON] = 0
-        self.plans.header[Header.LABELS] = Source.NONE
+        self._tags.leave()
         if self._courier is not None:
             self._courier.roll.leave(self._numbers.pop(batch))
             self._name(None)
@@ -150,57 +142,38 @@ class Lane:
         if self._ignored:
             return
         self.raise_faults()
-        thread = threading.get_ident()
-        if self._open is not None and self._open.thread != thread and _alive(self._open.thread):
+        self._refuse_two_at_once()
+        batch = self._current() or Batch()
+        for names in self.seats.labels:
+            batch.ids(names)
+        showing = Showing.of(shown, mask, past, batch, self.device)
+        self.plans.check_rules(showing.kind, batch.spans, showing.sequences)
+        plan = self.plans.fit(showing.sequences, showing.length, showing.kind)
+        check_sizes(batch, plan, self.seats.labels)
+        if self._courier is not None:
+            self._courier.begin(plan.positions)
+            self._name(batch)
+            self._tags.keep_tokens(plan, showing.ids)
+        step, before = ops.step("begin", self.device), past if past_at is None else past_at
+        step(plan, showing.mask, showing.ids, before, showing.written(batch))
+        self._begin_watched(plan, past)
+        self._open = Open(plan, showing.call, threading.get_ident())
+        self._last = plan
+
+    def _refuse_two_at_once(self) -> None:
+        thread = None if self._open is None else self._open.thread
+        if thread not in (None, threading.get_ident()) and any(t.ident == thread for t in threading.enumerate()):
             raise CaptureError(
                 "capture: two forwards at once in one capture on the device",
                 way_out="Open one capture a thread, or capture(resident=False).",
             )
-        batch = self._current() or Batch()
-        for names in self.seats.labels:
-            batch.ids(names)
-        if shown is None and mask is None:
-            raise ArgumentError("model: no tensor among the arguments", way_out="Use capture(resident=False).")
-        like = shown if shown is not None else mask
-        assert like is not None
-        plain = like.dim() == 1 or (like.is_floating_point() and like.dim() == 2 and mask is None)
-        for name, given in (("input", like), ("attention_mask", mask)):
-            if given is not None and given.device != self.device:
-                raise ArgumentError(
-                    f"{name}: device", expected=self.device, got=given.device, way_out="Move the batch to the model."
-                )
-        size = (like.shape[0], 1) if plain else (like.shape[0], like.shape[1])
-        mask = batch.mask_of(size, past) if batch.mask is not None else mask
-        call = Call(shown, size, mask, past)
-        if batch.cu_seqlens is not None:
-            kind, sequences, length = "packed", len(batch.cu_seqlens) - 1, size[0] * size[1]
-            mask = None
-        elif plain and mask is None:
-            kind, sequences, length = "plain", size[0], size[0]
-        else:
-            kind, (sequences, length) = "padded", size
-            _check_mask(mask, size)
-        self.plans.check_rules(kind, batch.spans, sequences)
-        plan = self.plans.fit(sequences, length, kind)
-        self._check_sizes(batch, plan)
-        if self._courier is not None:
-            self._courier.begin(plan.positions)
-            self._name(batch)
-            self._keep_tokens(plan, shown)
-        written = batch.written_from(call) if kind == "padded" and sequences > 1 else None
-        if mask is not None and past == 0 and mask.shape[1] > length == 1:
-            written = 0
-        ids = shown if shown is not None and not shown.is_floating_point() else None
-        ops.step("begin", self.device)(
-            plan, mask, ids, past if past_at is None else past_at, -1 if written is None else written
-        )
+
+    def _begin_watched(self, plan: Plan, past: int) -> None:
         for seat in self.seats.watched:
             if not seat.onlooker.fits(plan):
                 refuse_while_recording(self.device, "rows")
                 seat.onlooker.reserve(plan, self._row_dtype)
             seat.onlooker.begin(self._current(), plan, past, recording(self.device))
-        self._open = Open(plan, call, thread)
-        self._last = plan
 
     @outside_autograd()
     def stage(self, point: int, hidden: Tensor) -> None:
@@ -277,19 +250,9 @@ class Lane:
             self._fired.copy_(self.plans.stations[:, Station.FIRES])
             self._before.copy_(header[Header.FORWARDS])
         for group in self.seats.groups:
-            seat = self.seats.all[group.stations[0]]
-            if names := seat.binding.labels:
-                ops.step("place_labels", self.device)(
-                    plan.header,
-                    self._given(names),
-                    plan.header[Header.LABELS],
-                    plan.dest[seat.rule],
-                    plan.sequence,
-                    group.cursor,
-                    group.label_ids,
-                )
+            self._tags.place(plan, group, self.seats.all[group.stations[0]])
         if self._courier is not None:
-            self._courier.place(plan, self._given, self._tokens)
+            self._courier.place(plan, self._tags.labels, self._tags.tokens)
         ops.step("commit", self.device)(plan, self.seats.leaders, self.seats.cursors)
         if self._courier is not None:
             self._courier.commit(plan)
@@ -325,46 +288,10 @@ class Lane:
                 seat.binding.form(pooled, batch.ids(seat.binding.labels), keep, batch.requests, batch)
         self._reset_pools()
 
-    def _keep_tokens(self, plan: Plan, shown: Tensor | None) -> None:
-        """Keep the token ids of the forward until its commit, where the model is shown any."""
-        if len(self._tokens) < plan.positions:
-            refuse_while_recording(self.device, "positions")
-            self._tokens = torch.full((plan.positions,), -1, dtype=torch.int32, device=self.device)
-        tokens = self._tokens[: plan.positions]
-        if shown is None or shown.is_floating_point() or shown.numel() != plan.positions:
-            tokens.fill_(-1)
-        else:
-            tokens.copy_(shown.reshape(-1))
-
     def abandon(self, every: bool = False) -> None:
         """Forget this thread's forward, or `every` one's, which ended without its commit; the device undoes it."""
         if self._open is not None and (every or self._open.thread == threading.get_ident()):
             self._open = None
-
-    def _given(self, names: tuple[str, ...]) -> Tensor:
-        if names not in self._labels:
-            self._labels[names] = torch.full((1,), -1, dtype=torch.int32, device=self.device)
-        return self._labels[names]
-
-    def _check_sizes(self, batch: Batch, plan: Plan) -> None:
-        if plan.ranked and batch.sequences not in (None, plan.sequences):
-            raise ShapeError(
-                "tap.batch: its forwards show different numbers of sequences",
-                expected=batch.sequences,
-                got=plan.sequences,
-                way_out="Open one tap.batch for each batch of sequences.",
-            )
-        batch.sequences = plan.sequences
-        if batch.requests is not None and len(batch.requests) != plan.sequences:
-            raise ArgumentError("requests", expected=f"{plan.sequences} ids, one a sequence", got=len(batch.requests))
-        for names in self.seats.labels:
-            ids = batch.ids(names)
-            if ids is not None and ids.numel() not in (plan.sequences, plan.positions):
-                raise ShapeError(
-                    "labels",
-                    expected=f"[{plan.sequences}], one a sequence, or one a position of {plan.positions}",
-                    got=list(ids.shape),
-                )
 
     # --- what the device found
 
@@ -373,25 +300,10 @@ class Lane:
         word = int(self._heard[0])
         if not word:
             return
-        if word & Fault.OVERRUN:  # for good: it cannot be told what came after
-            raise overrun()
-        self._heard[0] = 0
-        self.plans.header[Header.ERRORS].zero_()
-        if word & Fault.PADDING:
-            raise TokenError(
-                "attention_mask: none was given, yet a batch held the padding id",
-                way_out="Pass the tokenizer's attention_mask to the model, or tap.batch(mask=...).",
-            )
-        if word & Fault.UNLABELLED:
-            raise LabelError("labels: a labelled sink saw a forward outside tap.batch", way_out="Open tap.batch.")
-        missed = self.plans.stations[:, Station.MISSED].tolist()
-        name, times = next((s.binding.hook_point, n) for s, n in zip(self.seats.all, missed, strict=True) if n)
-        raise CaptureError(
-            f"hook point {name!r}: did not run once in {times} forward(s), which were not committed",
-            expected="1 time",
-            way_out="Give optional=True for a module that may be skipped, capture(fires=...) for one that is shared; "
-            "hooks on a model that was compiled before never run.",
-        )
+        if not word & Fault.OVERRUN:  # that is for good: it cannot be told what came after
+            self._heard[0] = 0
+            self.plans.header[Header.ERRORS].zero_()
+        raise error_of(word, [seat.binding.hook_point for seat in self.seats.all], self.plans.stations)
 
     @property
     def committed(self) -> int:
@@ -428,17 +340,3 @@ class Lane:
         if self._open is None and self._last is not None and int(self.plans.header[Header.OPEN]):
             ops.step("undo", self.device)(self._last)
             self.plans.header[Header.OPEN].zero_()
-
-
-def _check_mask(mask: Tensor | None, size: tuple[int, int]) -> None:
-    if mask is not None and (mask.dim() != 2 or mask.shape[0] != size[0] or mask.shape[1] < size[1]):
-        raise ShapeError(
-            "attention_mask",
-            expected=f"[{size[0]}, {size[1]}], or [{size[0]}, past + {size[1]}] while decoding",
-            got=list(mask.shape),
-            way_out="Give the 2-D padding mask of the tokens: in tap.batch(mask=...) where the model takes another.",
-        )
-
-
-def _alive(thread: int) -> bool:
-    return any(t.ident == thread for t in threading.enumerate())

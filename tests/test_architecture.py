@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "emocore"
 
 # One line a floor; within a line a module may import only those before it.
 FLOORS = [
-    ["errors", "precision", "control", "labels", "hookpoints", "linalg", "packing", "publishing", "formats"],
+    ["errors", "precision", "control", "faults", "labels", "hookpoints", "linalg", "packing", "publishing", "formats"],
     [
         "reference",
         "reference_drain",
@@ -22,7 +22,7 @@ FLOORS = [
         "_C",
         "native",
     ],
-    ["ops", "aot"],
+    ["gradients", "ops", "aot"],
     ["tokens", "ledger", "blocks", "sums", "groups", "plans", "pooling", "calibration"],
     [
         "readout",
@@ -36,6 +36,8 @@ FLOORS = [
         "outflow",
         "seats",
         "courier",
+        "showings",
+        "tags",
         "lanes",
         "resident",
         "capturing",
