@@ -19,12 +19,12 @@ from . import ops
 from .batches import Batch, Call
 from .control import Fault, Header, Station
 from .courier import Courier
-from .errors import ArgumentError, CaptureError, DeviceError, ShapeError
+from .errors import CaptureError, DeviceError, ShapeError
 from .faults import error_of
 from .forwards import in_backward, outside_autograd
 from .hookpoints import token_ids
 from .plans import Plan, Plans, recording, refuse_while_recording
-from .seats import Seat, Seats
+from .seats import Seats
 from .showings import Showing, check_sizes
 from .sinks import Binding
 from .tags import Tags
@@ -201,41 +201,7 @@ class Lane:
             )
         flat = hidden.reshape(-1, hidden.shape[-1])
         for seat in self.seats.of_point[point]:
-            if seat.binding.rule.pool is not None:
-                self._stage_pool(seat, flat, plan)
-            elif seat.receiver is not None:
-                flow = self.seats.flow_of(seat, flat, plan.positions)
-                self._stage_rows(seat, flat, plan, flow.cursor, flow.room(seat.index, plan.positions))
-            elif seat.onlooker is not None:
-                self._stage_rows(seat, flat, plan, seat.onlooker.cursor, seat.onlooker.room(seat.index))
-                seat.onlooker.score(seat.index, plan, seat.rule)
-            else:
-                group, i = self.seats.group_of(seat, flat, plan.positions), seat.index
-                self._stage_rows(seat, flat, plan, group.cursor, (group.rows[i], group.marks[i], group.norms[i]))
-
-    def _stage_rows(
-        self, seat: Seat, flat: Tensor, plan: Plan, cursor: Tensor, to: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        rows = to[0]
-        if rows.dtype != flat.dtype or rows.shape[1] != flat.shape[1]:
-            raise ArgumentError(
-                f"hook point {seat.binding.hook_point!r}: rows",
-                expected=f"{rows.shape[1]} wide, {rows.dtype}, like the first ones",
-                got=f"{flat.shape[1]} wide, {flat.dtype}",
-                way_out="Run the model in one precision while it is captured, or use resident=False.",
-            )
-        station = self.plans.stations[seat.station]
-        step = ops.step("stage_rows", self.device)
-        step(flat, plan.dest[seat.rule], plan.rank, plan.ranked, cursor, station, *to)
-
-    def _stage_pool(self, seat: Seat, flat: Tensor, plan: Plan) -> None:
-        """Sum the kept positions by sequence, beside what earlier forwards of the batch brought."""
-        pool = seat.pool_for(plan.sequences, flat.shape[1], self.device)
-        counted = plan.rank > 0 if plan.ranked else torch.ones_like(plan.rank, dtype=torch.bool)
-        keep = plan.dest[seat.rule] >= 0
-        station = self.plans.stations[seat.station]
-        station[Station.BAD] += pool.stage(flat, keep, plan.sequence, counted)
-        station[Station.FIRES] += 1
+            self.seats.stage(seat, flat, plan)
 
     @outside_autograd()
     def commit(self) -> None:
@@ -272,20 +238,13 @@ class Lane:
 
     def _reset_pools(self) -> None:
         self._entered.copy_(self.plans.header[Header.FORWARDS])
-        for seat in self.seats.pooling:
-            assert seat.pool is not None
-            seat.pool.reset()
+        self.seats.reset_pools()
 
     def close(self, batch: Batch, keep: bool) -> None:
         """Form the pooled rows of a batch that has ended, or drop them; waits for the device."""
-        pooling = self.seats.pooling
-        if not pooling or self._last is None or self.committed == int(self._entered):
+        if not self.seats.pooling or self._last is None or self.committed == int(self._entered):
             return
-        for seat in pooling:
-            assert seat.pool is not None
-            pooled = seat.pool.close(self._last.sequences)
-            with seat.binding.held:
-                seat.binding.form(pooled, batch.ids(seat.binding.labels), keep, batch.requests, batch)
+        self.seats.form_pools(batch, keep, self._last.sequences)
         self._reset_pools()
 
     def abandon(self, every: bool = False) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ops
+from .batches import Batch
 from .control import WIDTH, Station
 from .errors import ArgumentError
 from .groups import Group
 from .moments import Moments
 from .outflow import Outflow
-from .plans import recording, refuse_while_recording
+from .plans import Plan, recording, refuse_while_recording
 from .pooling import DevicePool
 from .sinks import Binding
 from .tokens import Tokens
@@ -117,10 +119,45 @@ class Seats:
                 if seat.index == 0:
                     self.watched.append(seat)
 
-    @property
-    def pooling(self) -> list[Seat]:
-        """The seats that have pools by now."""
-        return [seat for seat in self.all if seat.pool is not None]
+    # --- the rows of a forward
+
+    def stage(self, seat: Seat, flat: Tensor, plan: Plan) -> None:
+        """Gather the kept rows of flat [N, D] for a seat; touches no sum."""
+        if seat.binding.rule.pool is not None:
+            self._stage_pool(seat, flat, plan)
+        elif seat.receiver is not None:
+            flow = self.flow_of(seat, flat, plan.positions)
+            self._stage_rows(seat, flat, plan, flow.cursor, flow.room(seat.index, plan.positions))
+        elif seat.onlooker is not None:
+            self._stage_rows(seat, flat, plan, seat.onlooker.cursor, seat.onlooker.room(seat.index))
+            seat.onlooker.score(seat.index, plan, seat.rule)
+        else:
+            group, i = self.group_of(seat, flat, plan.positions), seat.index
+            self._stage_rows(seat, flat, plan, group.cursor, (group.rows[i], group.marks[i], group.norms[i]))
+
+    def _stage_rows(
+        self, seat: Seat, flat: Tensor, plan: Plan, cursor: Tensor, to: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        rows = to[0]
+        if rows.dtype != flat.dtype or rows.shape[1] != flat.shape[1]:
+            raise ArgumentError(
+                f"hook point {seat.binding.hook_point!r}: rows",
+                expected=f"{rows.shape[1]} wide, {rows.dtype}, like the first ones",
+                got=f"{flat.shape[1]} wide, {flat.dtype}",
+                way_out="Run the model in one precision while it is captured, or use resident=False.",
+            )
+        station = plan.stations[seat.station]
+        step = ops.step("stage_rows", self.device)
+        step(flat, plan.dest[seat.rule], plan.rank, plan.ranked, cursor, station, *to)
+
+    def _stage_pool(self, seat: Seat, flat: Tensor, plan: Plan) -> None:
+        """Sum the kept positions by sequence, beside what earlier forwards of the batch brought."""
+        pool = seat.pool_for(plan.sequences, flat.shape[1], self.device)
+        counted = plan.rank > 0 if plan.ranked else torch.ones_like(plan.rank, dtype=torch.bool)
+        keep = plan.dest[seat.rule] >= 0
+        station = plan.stations[seat.station]
+        station[Station.BAD] += pool.stage(flat, keep, plan.sequence, counted)
+        station[Station.FIRES] += 1
 
     def group_of(self, seat: Seat, flat: Tensor, positions: int) -> Group:
         """The group of a seat, made with its kin at the first rows flat [N, D], with room for so many positions."""
@@ -175,6 +212,29 @@ class Seats:
             seat.group, seat.index = group, index
         self.groups.append(group)
         self._waiting.append(0)
+
+    # --- pooled rows
+
+    @property
+    def pooling(self) -> list[Seat]:
+        """The seats that have pools by now."""
+        return [seat for seat in self.all if seat.pool is not None]
+
+    def reset_pools(self) -> None:
+        """Forget every sequence: a batch begins."""
+        for seat in self.pooling:
+            assert seat.pool is not None
+            seat.pool.reset()
+
+    def form_pools(self, batch: Batch, keep: bool, sequences: int) -> None:
+        """Form the pooled rows of a batch's sequences, or drop them; waits for the device."""
+        for seat in self.pooling:
+            assert seat.pool is not None
+            pooled = seat.pool.close(sequences)
+            with seat.binding.held:
+                seat.binding.form(pooled, batch.ids(seat.binding.labels), keep, batch.requests, batch)
+
+    # --- how they come back
 
     def drain(self, positions: int) -> None:
         """Fold what blocks a forward of so many positions may have filled; the device knows which."""
