@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import LabelError, ShapeError, TokenError
+from .errors import CaptureError, LabelError, ShapeError, TokenError
 from .labels import Labels, encode_labels
 from .pooling import Pool
 from .sinks import Binding
@@ -152,3 +154,34 @@ class Batch:
             return 0 if call.size is not None and call.size[1] == 1 else None
         before, now = self._shown, call.shown
         return self._prompt if before is not None and now is not None and now.shape[1] == before.shape[1] + 1 else None
+
+
+_of_context: ContextVar[Mapping[int, Batch] | None] = ContextVar("emocore_open_batches", default=None)
+
+
+class Batches:
+    """The open batches of one capture."""
+
+    def __init__(self) -> None:
+        self.open: list[Batch] = []
+
+    @contextlib.contextmanager
+    def opened(self, batch: Batch) -> Iterator[None]:
+        """The forwards of this context show `batch` inside."""
+        token = _of_context.set({**(_of_context.get() or {}), id(self): batch})
+        self.open.append(batch)
+        try:
+            yield
+        finally:
+            self.open.remove(batch)
+            _of_context.reset(token)
+
+    def current(self) -> Batch | None:
+        """The batch of this context, else the one open batch (threads that a library starts have no context)."""
+        batch = (_of_context.get() or {}).get(id(self))
+        if batch is None and len(self.open) > 1:
+            raise CaptureError(
+                "tap.batch: several batches are open and this thread belongs to none",
+                way_out="Open tap.batch in the thread that runs the forward.",
+            )
+        return batch or (self.open[0] if self.open else None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,12 @@ from .faults import error_of
 from .forwards import in_backward, outside_autograd
 from .hookpoints import token_ids
 from .plans import Plan, Plans, recording, refuse_while_recording
+from .resident import hooks
 from .seats import Seats
 from .showings import Showing, check_sizes
 from .sinks import Binding
 from .tags import Tags
+from .ways import Way
 
 _handles = itertools.count(1)
 
@@ -41,8 +43,10 @@ class Open:
     thread: int
 
 
-class Lane:
+class Lane(Way):
     """The device memory of one capture, and the steps of a forward on it."""
+
+    resident = True
 
     @outside_autograd()
     def __init__(
@@ -54,11 +58,11 @@ class Lane:
         training: bool | None,
         current: Callable[[], Batch | None],
     ) -> None:
-        self.model, self.device, self._current = model, device, current
-        self._training = training
+        super().__init__(model, points, optional, training, current)
+        self.device = device
         self.handle = next(_handles)
         self.order = torch.zeros(1, dtype=torch.int64, device=device)  # what a compiled graph orders the ops by
-        self.points = list(points)
+        self._names = list(points)
         self.seats = Seats(model, points, optional, device)
         stops, pads = token_ids(model, "eos", "pad"), token_ids(model, "pad") - token_ids(model, "eos")
         rules = [seat.rule for seat in self.seats.all]
@@ -77,12 +81,19 @@ class Lane:
         self._entered = torch.zeros((), dtype=torch.int64, device=device)  # forwards before the open batch
         self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._heard = self._word.numpy()  # the same memory, read without torch
+        self._collecting = False
         ops.LANES[self.handle] = self
         if device.type == "cuda":
             from . import aot  # with what it needs, not for a CPU
 
             with contextlib.suppress(DeviceError):  # without Triton the reference serves
                 aot.attach(device)
+
+    def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Put the hooks on the model, and have the sinks ask for their rows when they are read."""
+        for binding in self.bindings:
+            binding.sink._resident = self.collect  # type: ignore[attr-defined]
+        return hooks(self, self.model, self._modules)
 
     # --- a batch
 
@@ -187,14 +198,14 @@ class Lane:
             return
         if self._open is None:
             raise CaptureError(
-                f"hook point {self.points[point]!r}: ran outside a forward of the captured model",
+                f"hook point {self._names[point]!r}: ran outside a forward of the captured model",
                 expected=f"a call of {type(self.model).__name__} itself",
                 way_out=f"Call the {type(self.model).__name__} that was given to capture.",
             )
         plan = self._open.plan
         if hidden.shape[:-1].numel() != plan.positions or hidden.dim() not in (2, 3):
             raise ShapeError(
-                f"hook point {self.points[point]!r}: output",
+                f"hook point {self._names[point]!r}: output",
                 expected=f"{plan.positions} rows, one a position of the model's input",
                 got=list(hidden.shape),
                 way_out="Use capture(resident=False) for modules that see other rows.",
@@ -210,31 +221,37 @@ class Lane:
             return
         plan, call = self._open.plan, self._open.call
         self._open = None
-        header = plan.header
-        pooling = self.seats.pooling
-        if pooling or self.seats.watched:  # the commit clears what they need to know
-            self._fired.copy_(self.plans.stations[:, Station.FIRES])
-            self._before.copy_(header[Header.FORWARDS])
-        for group in self.seats.groups:
-            self._tags.place(plan, group, self.seats.all[group.stations[0]])
-        if self._courier is not None:
-            self._courier.place(plan, self._tags.labels, self._tags.tokens)
+        self._before_commit(plan)
         ops.step("commit", self.device)(plan, self.seats.leaders, self.seats.cursors)
-        if self._courier is not None:
-            self._courier.commit(plan)
-        for seat in pooling:
-            assert seat.pool is not None
-            seat.pool.commit(self._fired[seat.station] * (header[Header.FORWARDS] - self._before))
-        for seat in self.seats.watched:
-            seat.onlooker.commit(plan, seat.rule, self._before, header[Header.FORWARDS])
-        self._word.copy_(header[Header.ERRORS : Header.ERRORS + 1], non_blocking=True)
+        self._after_commit(plan)
+        self._word.copy_(plan.header[Header.ERRORS : Header.ERRORS + 1], non_blocking=True)
         self.seats.drain(plan.positions)
         batch = self._current()
         if batch is not None:
             batch.advance(call, None)
-        elif pooling:
+        elif self.seats.pooling:
             refuse_while_recording(self.device, "pooled rows of a forward outside tap.batch")
-            self.close(Batch(), True)
+            self._form_pools(Batch(), True)
+
+    def _before_commit(self, plan: Plan) -> None:
+        """Note what the commit clears and others need to know, and say whose the rows are."""
+        if self.seats.pooling or self.seats.watched:
+            self._fired.copy_(plan.stations[:, Station.FIRES])
+            self._before.copy_(plan.header[Header.FORWARDS])
+        for group in self.seats.groups:
+            self._tags.place(plan, group, self.seats.all[group.stations[0]])
+        if self._courier is not None:
+            self._courier.place(plan, self._tags.labels, self._tags.tokens)
+
+    def _after_commit(self, plan: Plan) -> None:
+        """Have stores, pools and monitors take what the forward brought, where it was committed."""
+        if self._courier is not None:
+            self._courier.commit(plan)
+        for seat in self.seats.pooling:
+            assert seat.pool is not None
+            seat.pool.commit(self._fired[seat.station] * (plan.header[Header.FORWARDS] - self._before))
+        for seat in self.seats.watched:
+            seat.onlooker.commit(plan, seat.rule, self._before, plan.header[Header.FORWARDS])
 
     def _reset_pools(self) -> None:
         self._entered.copy_(self.plans.header[Header.FORWARDS])
@@ -242,6 +259,15 @@ class Lane:
 
     def close(self, batch: Batch, keep: bool) -> None:
         """Form the pooled rows of a batch that has ended, or drop them; waits for the device."""
+        with self._holding():
+            self._form_pools(batch, keep)
+        self._settle()
+
+    def _tells(self, binding: Binding) -> bool:
+        """Other rows are brought by another thread, which tells their sinks."""
+        return super()._tells(binding) and binding.rule.pool is not None
+
+    def _form_pools(self, batch: Batch, keep: bool) -> None:
         if not self.seats.pooling or self._last is None or self.committed == int(self._entered):
             return
         self.seats.form_pools(batch, keep, self._last.sequences)
@@ -275,24 +301,47 @@ class Lane:
 
         A point where summation is split: what comes later is summed on its own and added.
         """
-        with outside_autograd():
-            self._undo()
-            try:
-                if self._courier is not None:
-                    self._courier.flush()
-            finally:
-                words = self.plans.stations.tolist()
-                self.seats.hand_over()
-                for seat, word in zip(self.seats.all, words, strict=True):
-                    if seat.flow is None:
-                        with seat.binding.held:
-                            seat.record(word)
-                self._word.copy_(self.plans.header[Header.ERRORS : Header.ERRORS + 1])
+        if not self._collecting:
+            with self._holding():
+                self._collect()
 
-    def end(self) -> None:
-        """Nothing more is brought."""
-        if self._courier is not None:
-            self._courier.close()
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        """For one who hands rows to the sinks: they must not ask for them meanwhile."""
+        with self._lock:
+            self._collecting = True
+            try:
+                with outside_autograd():
+                    yield
+            finally:
+                self._collecting = False
+
+    def _collect(self) -> None:
+        self._undo()
+        try:
+            if self._courier is not None:
+                self._courier.flush()
+        finally:
+            words = self.plans.stations.tolist()
+            self.seats.hand_over()
+            for seat, word in zip(self.seats.all, words, strict=True):
+                if seat.flow is None:
+                    with seat.binding.held:
+                        seat.record(word)
+            self._word.copy_(self.plans.header[Header.ERRORS : Header.ERRORS + 1])
+
+    def end(self, well: bool) -> None:
+        """Collect, and let the sinks go; the memory ends with the last reference to the lane."""
+        try:
+            with contextlib.nullcontext() if well else contextlib.suppress(Exception):
+                self.collect()
+            if well:
+                self.raise_faults()
+        finally:
+            if self._courier is not None:
+                self._courier.close()
+            for binding in self.bindings:
+                binding.sink._resident = None  # type: ignore[attr-defined]
 
     def _undo(self) -> None:
         """Count a forward that was left open as rolled back."""

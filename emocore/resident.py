@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from . import ops
 from .batches import CACHES
 from .errors import ArgumentError
 from .hookpoints import bare, read_output, refuse_compiled
-from .lanes import Lane
 from .moments import Moments
 from .seats import ROWS
 from .sinks import Binding
+
+if TYPE_CHECKING:
+    from .lanes import Lane
 
 
 def residence(

@@ -215,7 +215,7 @@ def test_many_laps(tokenwise, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
                 shown = ids(1, t, i)
                 tap.model(shown)
                 x.append(shown[0])
-            (flow,) = tap._lane.seats.flows
+            (flow,) = tap._way.seats.flows
             assert flow.capacity == 80
         assert kept.generation >= 2  # commits while the model went on
     expected = model.layers[0](model.embed(torch.cat(x))).detach()
@@ -418,7 +418,7 @@ def test_no_thread_and_no_memory_stays(tokenwise, tmp_path: Path) -> None:
         with capture(model, BLOCKS, kept, resident=True) as tap:
             model(ids(2, 4))
             tap.ledger  # noqa: B018 (waits until all is brought)
-            lane = weakref.ref(tap._lane)
+            lane = weakref.ref(tap._way)
             assert any(t.name == "emocore courier" for t in threading.enumerate())
         assert all(t.name != "emocore courier" for t in threading.enumerate())
         del tap
@@ -433,5 +433,5 @@ def test_batches_are_forgotten_when_no_more_rows_come(tokenwise, laps, tmp_path:
             with tap.batch(requests=["a", "b"]):
                 model(ids(2, 4, i))
         tap.ledger  # noqa: B018
-        assert not tap._lane._courier.roll._batches
-        assert not tap._lane._courier.roll.left
+        assert not tap._way._courier.roll._batches
+        assert not tap._way._courier.roll.left

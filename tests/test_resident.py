@@ -225,7 +225,7 @@ def test_whole_blocks_are_summed_on_the_device(tokenwise, dtype: torch.dtype, la
 
     with torch.no_grad(), capture(model, "layers.*", sink, resident=True) as tap:
         run(tap)
-    (group,) = tap._lane.seats.groups
+    (group,) = tap._way.seats.groups
     assert group.capacity == 1024
     for name, block in zip(tap.sinks, (0, 1), strict=True):
         mine = tap.sinks[name]
@@ -504,7 +504,7 @@ def test_memory_is_let_go_and_no_hook_stays(tokenwise) -> None:
     model = tokenwise()
     with torch.no_grad(), capture(model, "layers.*", Moments, resident=True) as tap:
         model(ids(1, 3))
-    sinks, lane = tap.sinks, weakref.ref(tap._lane)
+    sinks, lane = tap.sinks, weakref.ref(tap._way)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     del tap
     gc.collect()

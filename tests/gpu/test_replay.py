@@ -107,7 +107,7 @@ def test_blocks_that_fill_in_a_replay_are_drained_there(tokenwise, device, monke
                         recorder.replay()
                     else:
                         model(shown, attention_mask=mask)
-            assert tap._lane.seats.cursors[0, 1] == 3 * 512
+            assert tap._way.seats.cursors[0, 1] == 3 * 512
         taps.append(tap)
     for name in taps[0].sinks:
         mine, other = taps[1].sinks[name], taps[0].sinks[name]
@@ -128,7 +128,7 @@ def stored(model: nn.Module, path: Path, device: torch.device, recorder, gate: i
                     for j in range(3):
                         for memory, value in zip((shown, mask), tokens(i, device), strict=True):
                             memory.copy_(value.flip(1) if j else value)
-                        tap._lane.plans.seen.zero_()  # every forward shows other tokens
+                        tap._way.plans.seen.zero_()  # every forward shows other tokens
                         if recorder is None or (i == 0 and j < 2):
                             model(shown, attention_mask=mask)
                         elif recorder.calls:
