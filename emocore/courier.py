@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -36,18 +37,25 @@ class Count:
         self.cursors = torch.empty(cursors.shape, dtype=cursors.dtype, pin_memory=pinned)
         self.stations = torch.empty(stations.shape, dtype=stations.dtype, pin_memory=pinned)
         self.event = torch.cuda.Event(blocking=True) if pinned else None  # a wait for it sleeps
-        self.stream: torch.cuda.Stream | None = None
         self.ended: dict[Outflow, int] = {}
         self.left: list[int] = []  # batches that were over
 
-    def take(self, cursors: Tensor, stations: Tensor, flows: Sequence[Outflow], left: Sequence[int]) -> None:
-        """Begin to copy what stands there in the current stream's order."""
+    def take(
+        self,
+        cursors: Tensor,
+        stations: Tensor,
+        flows: Sequence[Outflow],
+        left: Sequence[int],
+        after: torch.cuda.Event | None,
+    ) -> None:
+        """Begin to copy what stands there in the current stream's order, and after the last commit."""
+        if after is not None:
+            torch.cuda.current_stream(cursors.device).wait_event(after)
         self.cursors.copy_(cursors, non_blocking=True)
         self.stations.copy_(stations, non_blocking=True)
         self.ended, self.left = {flow: flow.ended for flow in flows}, list(left)
         if self.event is not None:
-            self.stream = torch.cuda.current_stream(cursors.device)
-            self.event.record(self.stream)
+            self.event.record(torch.cuda.current_stream(cursors.device))
 
     def wait(self) -> None:
         """Until it is there."""
@@ -64,7 +72,9 @@ class Courier:
         self._changed = threading.Condition()
         self._free = [Count(seats.cursors, stations) for _ in range(COUNTS)]
         self._published: deque[Count] = deque()
-        self._failed: BaseException | None = None
+        self._failures: deque[BaseException] = deque()
+        self._committed = torch.cuda.Event() if header.is_cuda else None  # the last commit, on whatever stream
+        self._asked = self._brought = 0  # counts, so far
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="emocore courier", daemon=True)
 
@@ -72,6 +82,7 @@ class Courier:
 
     def begin(self, positions: int) -> None:
         """Make room for a forward, or have its rows dropped; what is recorded into a graph finds room at a `gate`."""
+        self._finish_drops()
         for flow in self._seats.flows:
             if recording(self._header.device):
                 if not flow.holds(positions):
@@ -95,9 +106,15 @@ class Courier:
         """After it."""
         for flow in self._seats.flows:
             flow.ended = flow.begun
-            if flow.dropping:
-                flow.drop(plan.stations)
+        if self._committed is not None and not recording(self._header.device):
+            self._committed.record(torch.cuda.current_stream(self._header.device))
         self.publish()
+
+    def _finish_drops(self) -> None:
+        """Undo what a commit has done for forwards that found no room, whatever came after it."""
+        for flow in self._seats.flows:
+            if flow.noted:
+                flow.drop(self._stations)
 
     def admit(self, flow: Outflow, positions: int) -> None:
         """Make room for a forward of so many positions: wait for it, or let the forward's rows be dropped.
@@ -107,6 +124,13 @@ class Courier:
         self.raise_failure()
         flow.ended = flow.begun
         if not flow.holds(positions):
+            if flow.recorded:
+                raise CaptureError(
+                    "capture: a forward larger than there is memory for, and a graph was recorded that uses it",
+                    expected=f"at most {flow.capacity // 2} positions",
+                    got=positions,
+                    way_out="Run one forward of the largest shape before recording.",
+                )
             self.flush()
             flow.reserve(positions, flow.rows[0])
         if not flow.fits(positions):
@@ -120,6 +144,9 @@ class Courier:
 
     def gate(self, forwards: int) -> None:
         """Make room for so many replays of the largest forward that was recorded; raises as `admit`, ArgumentError."""
+        if forwards < 1:
+            raise ArgumentError("forwards", expected="at least 1", got=forwards)
+        self._finish_drops()
         for flow in self._seats.flows:
             positions, flow.ended = forwards * flow.recorded, flow.begun
             if positions > flow.capacity:
@@ -136,6 +163,7 @@ class Courier:
 
         Where as many counts as there are have not been seen yet, the next commit tells more; or it waits.
         """
+        self._finish_drops()
         flows = self._seats.flows
         worth = force or any(flow.ended - flow.published >= flow.unit for flow in flows)
         if not flows or not worth or recording(self._header.device):
@@ -146,23 +174,32 @@ class Courier:
             if not wait and not self._free:
                 return
             self._until(lambda: bool(self._free), failing=False)
-            count = self._free.pop()
+            self._free[-1].take(self._seats.cursors, self._stations, flows, self.roll.left, self._committed)
             for flow in flows:
                 flow.published = flow.ended
-            count.take(self._seats.cursors, self._stations, flows, self.roll.left)
-            self._published.append(count)
+            self._published.append(self._free.pop())
+            self._asked += 1
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Wait until all that is committed has been brought; raises what failed since the last call."""
-        self.publish(force=True, wait=True)
-        self._until(lambda: not self._published, failing=False)
+        """Wait until all that is committed by now has been brought; raises what failed since the last call."""
+        self.wait(self.ask())
+
+    def ask(self) -> int:
+        """Ask for all that is committed by now; the number of the request."""
+        if not self._ending:  # else it was the last thing done
+            self.publish(force=True, wait=True)
+        return self._asked
+
+    def wait(self, asked: int) -> None:
+        """Wait until what was asked for has been brought; raises what failed since the last call."""
+        self._until(lambda: self._brought >= asked, failing=False)
         self.raise_failure()
 
     def raise_failure(self) -> None:
-        """Raise what failed since the last call, once."""
+        """Raise what has failed and was not raised yet, one at a call."""
         with self._changed:
-            failed, self._failed = self._failed, None
+            failed = self._failures.popleft() if self._failures else None
         if failed is not None:
             raise failed
 
@@ -191,6 +228,8 @@ class Courier:
 
     def _run(self) -> None:
         with outside_autograd(), self._own_stream():
+            if self._header.is_cuda:
+                torch.cuda.current_stream().query()  # gives the thread its context
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._published or self._ending)
@@ -199,12 +238,13 @@ class Courier:
                     count = self._published[0]
                 try:
                     count.wait()
-                    self._bring(count)
+                    failed = self._bring(count)
                 except BaseException as error:
-                    with self._changed:
-                        self._failed = self._failed or error
+                    failed = [error]
                 with self._changed:
+                    self._failures.extend(failed)
                     self._free.append(self._published.popleft())
+                    self._brought += 1
                     self._changed.notify_all()
 
     def _own_stream(self) -> contextlib.AbstractContextManager[object]:
@@ -214,31 +254,31 @@ class Courier:
         native.extension().driver_relax()
         return torch.cuda.stream(torch.cuda.Stream(device))
 
-    def _bring(self, count: Count) -> None:
-        """Empty every outflow as far as the count goes; what fails is dropped, and the others go on."""
-        failed: BaseException | None = None
+    def _bring(self, count: Count) -> list[BaseException]:
+        """Empty every outflow as far as the count goes; what fails is dropped, and returned, and the others go on."""
+        failed: list[BaseException] = []
         flows = list(count.ended)
         cursors, words = count.cursors.tolist(), count.stations.tolist()
-        for flow in flows:
-            committed = cursors[flow.line][0]
-            try:
-                with flow.receiver.lock:
-                    self._empty(flow, committed, words)
-            except BaseException as error:
-                failed = failed or error
-            with self._changed:
-                flow.fetched, flow.known = committed, (committed, count.ended[flow])
-                self._changed.notify_all()
-        self.roll.forget(count.left)
-        receivers = {id(flow.receiver): flow.receiver for flow in flows}.values()
-        if any(flow.recorded for flow in flows) and self._overrun(count):
-            for receiver in receivers:
-                receiver.discard()
-            raise overrun()
-        for receiver in receivers:
-            receiver.settle()
-        if failed is not None:
-            raise failed
+        receivers = {id(flow.receiver): flow.receiver for flow in flows}
+        with contextlib.ExitStack() as held:
+            for _, receiver in sorted(receivers.items()):  # until it is known that nothing was written over
+                held.enter_context(receiver.lock)
+            for flow in flows:
+                try:
+                    self._empty(flow, cursors[flow.line][0], words)
+                except BaseException as error:
+                    failed.append(error)
+                with self._changed:
+                    flow.fetched, flow.known = cursors[flow.line][0], (cursors[flow.line][0], count.ended[flow])
+                    self._changed.notify_all()
+            self.roll.forget(count.left)
+            spoilt = any(flow.recorded for flow in flows) and self._overrun()
+            for receiver in receivers.values():
+                try:
+                    receiver.discard() if spoilt else receiver.settle()
+                except BaseException as error:
+                    failed.append(error)
+        return [*failed, overrun()] if spoilt else failed
 
     def _empty(self, flow: Outflow, committed: int, words: Sequence[Sequence[int]]) -> None:
         """Hand over the rows of an outflow and count what the device has counted."""
@@ -253,8 +293,9 @@ class Courier:
                 raise overrun()
             for span in flow.spans(committed):
                 arrivals = self._arrivals(flow, span)
+                whose = self.roll.whose(flow.places[span].cpu(), bool(flow.labels))
                 due = [n - len(arrival.rows) for n, arrival in zip(due, arrivals, strict=True)]
-                flow.receiver.receive(arrivals, self.roll.whose(flow.places[span].cpu(), bool(flow.labels)))
+                flow.receiver.receive(arrivals, whose)
         except BaseException:
             for seat, n in zip(seats, due, strict=True):  # those that it did not come to
                 seat.binding.ledger.rows.add(formed=n, dropped=n)
@@ -276,8 +317,18 @@ class Courier:
             found.append(Arrival(self._seats.all[station].binding.sink, rows, kept))
         return found
 
-    def _overrun(self, count: Count) -> bool:
-        """Whether a forward that has been launched by now wrote over rows that were not fetched."""
-        streamed = torch.cuda.stream(count.stream) if count.stream is not None else contextlib.nullcontext()
-        with streamed:
-            return bool(int(self._header[Header.ERRORS]) & Fault.OVERRUN)
+    def _overrun(self) -> bool:
+        """Whether a forward that has staged anything by now wrote over rows that were not fetched.
+
+        It says so before it ends; the model's stream is not asked, as it may be recording.
+        """
+        before = None
+        for _ in range(1000):  # of a second: one that was abandoned does not end, and had room
+            opened, forwards, errors = self._header[Header.OPEN : Header.ERRORS + 1].tolist()
+            if errors & Fault.OVERRUN:
+                return True
+            if not opened or before not in (None, forwards):
+                return False
+            before = forwards
+            time.sleep(0.001)
+        return False

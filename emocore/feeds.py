@@ -55,7 +55,7 @@ class Feed:
         self.growing = Growing()
         self.pending = 0
         self.receiver = store
-        self._resident: Callable[[], None] | None = None  # fetches what a capture holds on the device
+        self.residents: list[Callable[[], None]] = []  # fetch what captures hold on their devices
 
     @property
     def labels(self) -> tuple[str, ...]:

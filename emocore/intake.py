@@ -58,6 +58,8 @@ class Intake:
         assert part.feed.draft is not None
         try:
             with self._folder.said(), contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                if stream is not None:
+                    stream.query()  # gives the thread its context
                 return part.feed.draft.offer(part.rows, self._offers)
         except BaseException as error:
             return error

@@ -81,7 +81,9 @@ class Lane(Way):
         self._entered = torch.zeros((), dtype=torch.int64, device=device)  # forwards before the open batch
         self._word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._heard = self._word.numpy()  # the same memory, read without torch
-        self._collecting = False
+        self._collecting = 0  # the thread that hands rows over
+        self._steps = threading.RLock()  # of begin, stage, commit, and of whoever looks at what they write
+        self._batch: Batch | None = None
         ops.LANES[self.handle] = self
         if device.type == "cuda":
             from . import aot  # with what it needs, not for a CPU
@@ -92,14 +94,22 @@ class Lane(Way):
     def attach(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Put the hooks on the model, and have the sinks ask for their rows when they are read."""
         for binding in self.bindings:
-            binding.sink._resident = self.collect  # type: ignore[attr-defined]
+            if hasattr(binding.sink, "residents"):
+                binding.sink.residents.append(self.collect)
+            else:
+                binding.sink._resident = self.collect  # type: ignore[attr-defined]
         return hooks(self, self.model, self._modules)
 
     # --- a batch
 
     @outside_autograd()
     def enter(self, batch: Batch) -> None:
-        """Copy what a batch says of its sequences into the lane's memory."""
+        """Copy what a batch says of its sequences into the lane's memory, which is for one batch at a time."""
+        if self._batch is not None:
+            raise CaptureError(
+                "tap.batch: another batch is open in this capture, which stays on the device",
+                way_out="Close it first, open one capture a thread, or use capture(resident=False).",
+            )
         if batch.cu_seqlens is not None:
             self.plans.set_bounds(batch.cu_seqlens)
         if batch.spans is not None:
@@ -116,10 +126,14 @@ class Lane(Way):
         if len(self.plans.seen):
             self.plans.seen.zero_()
         self._tags.enter(batch, self.seats.labels)
+        self._batch = batch
 
     @outside_autograd()
     def leave(self, batch: Batch) -> None:
         """The batch has ended: tokens begin anew, and labels are wanted again."""
+        if self._batch is not batch:
+            return  # it was refused
+        self._batch = None
         self.plans.header[Header.GOES_ON] = 0
         self._tags.leave()
         if self._courier is not None:
@@ -152,8 +166,12 @@ class Lane(Way):
         self._ignored = self._training not in (None, self.model.training)
         if self._ignored:
             return
-        self.raise_faults()
-        self._refuse_two_at_once()
+        with self._steps:
+            self.raise_faults()
+            self._refuse_two_at_once()
+            self._begin(mask, shown, past_at, past)
+
+    def _begin(self, mask: Tensor | None, shown: Tensor | None, past_at: Tensor | None, past: int) -> None:
         batch = self._current() or Batch()
         for names in self.seats.labels:
             batch.ids(names)
@@ -166,10 +184,13 @@ class Lane(Way):
             self._name(batch)
             self._tags.keep_tokens(plan, showing.ids)
         step, before = ops.step("begin", self.device), past if past_at is None else past_at
-        step(plan, showing.mask, showing.ids, before, showing.written(batch))
-        self._begin_watched(plan, past)
-        self._open = Open(plan, showing.call, threading.get_ident())
-        self._last = plan
+        self._open, self._last = Open(plan, showing.call, threading.get_ident()), plan
+        try:
+            step(plan, showing.mask, showing.ids, before, showing.written(batch))
+            self._begin_watched(plan, past)
+        except BaseException:
+            self._open = None
+            raise
 
     def _refuse_two_at_once(self) -> None:
         thread = None if self._open is None else self._open.thread
@@ -211,18 +232,24 @@ class Lane(Way):
                 way_out="Use capture(resident=False) for modules that see other rows.",
             )
         flat = hidden.reshape(-1, hidden.shape[-1])
-        for seat in self.seats.of_point[point]:
-            self.seats.stage(seat, flat, plan)
+        with self._steps:
+            for seat in self.seats.of_point[point]:
+                self.seats.stage(seat, flat, plan)
 
     @outside_autograd()
     def commit(self) -> None:
         """Close the forward on the device: all of it counts, or none."""
         if self._open is None or in_backward():
             return
-        plan, call = self._open.plan, self._open.call
-        self._open = None
-        self._before_commit(plan)
-        ops.step("commit", self.device)(plan, self.seats.leaders, self.seats.cursors)
+        with self._steps:
+            self._commit(self._open.plan, self._open.call)
+
+    def _commit(self, plan: Plan, call: Call) -> None:
+        try:
+            self._before_commit(plan)
+            ops.step("commit", self.device)(plan, self.seats.leaders, self.seats.cursors)
+        finally:
+            self._open = None
         self._after_commit(plan)
         self._word.copy_(plan.header[Header.ERRORS : Header.ERRORS + 1], non_blocking=True)
         self.seats.drain(plan.positions)
@@ -259,9 +286,10 @@ class Lane(Way):
 
     def close(self, batch: Batch, keep: bool) -> None:
         """Form the pooled rows of a batch that has ended, or drop them; waits for the device."""
-        with self._holding():
-            self._form_pools(batch, keep)
-        self._settle()
+        if self.seats.pooling:
+            with self._holding():
+                self._form_pools(batch, keep)
+            self._settle()
 
     def _tells(self, binding: Binding) -> bool:
         """Other rows are brought by another thread, which tells their sinks."""
@@ -287,7 +315,7 @@ class Lane(Way):
             return
         if not word & Fault.OVERRUN:  # that is for good: it cannot be told what came after
             self._heard[0] = 0
-            self.plans.header[Header.ERRORS].zero_()
+            self.plans.header[Header.ERRORS].bitwise_and_(int(Fault.OVERRUN))
         raise error_of(word, [seat.binding.hook_point for seat in self.seats.all], self.plans.stations)
 
     @property
@@ -301,7 +329,7 @@ class Lane(Way):
 
         A point where summation is split: what comes later is summed on its own and added.
         """
-        if not self._collecting:
+        if self._collecting != threading.get_ident():
             with self._holding():
                 self._collect()
 
@@ -309,19 +337,26 @@ class Lane(Way):
     def _holding(self) -> Iterator[None]:
         """For one who hands rows to the sinks: they must not ask for them meanwhile."""
         with self._lock:
-            self._collecting = True
+            self._collecting = threading.get_ident()
             try:
                 with outside_autograd():
                     yield
             finally:
-                self._collecting = False
+                self._collecting = 0
 
     def _collect(self) -> None:
-        self._undo()
+        with self._steps:
+            self._undo()
+            asked = 0 if self._courier is None else self._courier.ask()
         try:
             if self._courier is not None:
-                self._courier.flush()
+                self._courier.wait(asked)
         finally:
+            self._take()
+
+    def _take(self) -> None:
+        """Hand over what the lane holds itself."""
+        with self._steps:
             words = self.plans.stations.tolist()
             self.seats.hand_over()
             for seat, word in zip(self.seats.all, words, strict=True):
@@ -341,7 +376,10 @@ class Lane(Way):
             if self._courier is not None:
                 self._courier.close()
             for binding in self.bindings:
-                binding.sink._resident = None  # type: ignore[attr-defined]
+                if hasattr(binding.sink, "residents"):
+                    binding.sink.residents.remove(self.collect)
+                else:
+                    binding.sink._resident = None  # type: ignore[attr-defined]
 
     def _undo(self) -> None:
         """Count a forward that was left open as rolled back."""

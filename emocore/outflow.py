@@ -60,7 +60,8 @@ class Outflow:
         self.line, self.cursor = line, cursor  # its number among the cursors of the capture
         self._at = torch.tensor(self.stations, device=cursor.device)
         self._before = torch.zeros_like(cursor[0])
-        self._selected = torch.zeros_like(self._at)
+        self._selected, self._dropped = torch.zeros(2, *self._at.shape, dtype=torch.int64, device=cursor.device)
+        self.noted = False  # what a commit does is to be undone
         self.capacity = 0
         self.begun = self.ended = 0  # positions, of all forwards and of those that are not open
         self.published = 0  # `ended` at the last count that was asked for
@@ -75,12 +76,15 @@ class Outflow:
         """A ring for rows like [N, D], two forwards of so many positions at least; nothing may wait in the old one."""
         s, dim = len(self.stations), like.shape[1]
         each = dim * like.element_size()
-        self.capacity = max(2 * positions, LEAST // (s * each))
-        self.unit = min(max(RUN // each, 1), self.capacity // 2)  # rows worth a copy
-        self.rows = like.new_zeros(s, self.capacity, dim)
-        self.marks = like.new_zeros(s, self.capacity, dtype=torch.int8)
-        self.norms = like.new_zeros(s, self.capacity, dtype=torch.float32)
-        self.places = like.new_zeros(self.capacity, PLACE_WIDTH, dtype=torch.int32)
+        capacity = max(2 * positions, LEAST // (s * each))
+        made = (  # all or none
+            like.new_zeros(s, capacity, dim),
+            like.new_zeros(s, capacity, dtype=torch.int8),
+            like.new_zeros(s, capacity, dtype=torch.float32),
+            like.new_zeros(capacity, PLACE_WIDTH, dtype=torch.int32),
+        )
+        self.rows, self.marks, self.norms, self.places = made
+        self.capacity, self.unit = capacity, min(max(RUN // each, 1), capacity // 2)  # rows worth a copy
         self._scrap: tuple[Tensor, Tensor, Tensor] | None = None
 
     def room(self, index: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,12 +118,15 @@ class Outflow:
         """Before the commit: where cursor and stations [.., 16] stand."""
         self._before.copy_(self.cursor[0])
         torch.index_select(words[:, Station.SELECTED], 0, self._at, out=self._selected)
+        torch.index_select(words[:, Station.DROPPED], 0, self._at, out=self._dropped)
+        self.noted = True
 
     def drop(self, words: Tensor) -> None:
-        """After it: the rows that it has selected are dropped, and take no place."""
+        """After it: the rows that it has selected are dropped, and take no place. Twice is as once."""
         now = words[:, Station.SELECTED].index_select(0, self._at)
-        words[:, Station.DROPPED].index_add_(0, self._at, now - self._selected)
+        words[:, Station.DROPPED].index_copy_(0, self._at, self._dropped + now - self._selected)
         self.cursor[0].copy_(self._before)
+        self.noted = False
 
     # --- for the courier
 

@@ -141,6 +141,7 @@ class ActivationStore:
 
     def at(self, hook_point: str) -> Feed:
         """The sink of one hook point, the same one every time; raises ArgumentError for another dtype than it has."""
+        self._check()
         with self.lock:
             self._check()
             if hook_point not in self._feeds:
@@ -154,6 +155,7 @@ class ActivationStore:
 
     def take(self, feed: Feed, rows: Tensor, finite: bool, places: Callable[[Register], Tensor]) -> None:
         """Take rows [N, D] that the feed's ledger counts as formed, with their places; what is kept is pending then."""
+        self._check()
         with self.lock:
             self._check()
             rows, good = feed.fit(rows, finite)
@@ -256,11 +258,17 @@ class ActivationStore:
 
     def _fetch(self) -> None:
         """Fetch what captures hold on their devices, not while the store is held: another thread brings it."""
-        for collect in {feed._resident for feed in list(self._feeds.values())}:
-            if collect is not None:
+        failed: BaseException | None = None
+        for collect in {collect for feed in list(self._feeds.values()) for collect in list(feed.residents)}:
+            try:
                 collect()
+            except BaseException as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _commit(self) -> int:
+        self._check()
         with self.lock:
             self._check()
             points = tuple(feed.point() for feed in self._placed)

@@ -182,6 +182,7 @@ class Seats:
             flow = Outflow(stations, seat.rule, seat.binding.labels, seat.receiver, line, cursor)
             flow.reserve(positions, flat)
             flow.begun = positions
+            self._lead(kin)
             for index, other in enumerate(kin):
                 other.flow, other.index = flow, index
             self.flows.append(flow)
@@ -199,9 +200,11 @@ class Seats:
             )
         for seat in kin:
             seat.binding.sink.check_rows(flat.shape[1], flat.dtype)  # type: ignore[attr-defined]
-        line = len(self.leaders)
+        return len(self.leaders), self.cursors[len(self.leaders)]
+
+    def _lead(self, kin: Sequence[Seat]) -> None:
+        """The next cursor follows the first of kin from now on."""
         self.leaders = torch.cat([self.leaders, self.leaders.new_tensor([kin[0].station])])
-        return line, self.cursors[line]
 
     def _make_group(self, kin: Sequence[Seat], flat: Tensor) -> None:
         _, cursor = self._next_line(kin, flat)
@@ -211,6 +214,7 @@ class Seats:
         for index, seat in enumerate(kin):
             seat.group, seat.index = group, index
         self.groups.append(group)
+        self._lead(kin)
         self._waiting.append(0)
 
     # --- pooled rows

@@ -1,5 +1,6 @@
 """What a capture on the device stores is what one on the host stores: on the CPU, by the reference of every step."""
 
+import contextlib
 import errno
 import gc
 import os
@@ -8,13 +9,13 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from emocore import ActivationStore, Moments, Tokens, activations, capture, shards, store
+from emocore import ActivationStore, Moments, Tokens, activations, capture, outflow, roll, shards, store
 from emocore.capturing import Tap
 from emocore.errors import CaptureError, LabelError, ShapeError, StoreError
 from emocore.places import COLUMNS
@@ -22,6 +23,13 @@ from emocore.ring import Ring, sample
 
 BLOCKS = "layers.*"
 Run = Callable[[Tap], None]
+
+
+class Held(NamedTuple):
+    """A courier that waits."""
+
+    inside: threading.Event
+    go_on: threading.Event
 
 
 @pytest.fixture(params=["roomy", "tight"])
@@ -435,3 +443,169 @@ def test_batches_are_forgotten_when_no_more_rows_come(tokenwise, laps, tmp_path:
         tap.ledger  # noqa: B018
         assert not tap._way._courier.roll._batches
         assert not tap._way._courier.roll.left
+
+
+# --- other threads, interrupts, and memory that is not there
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """The courier stops before it hands over, until `go_on`; `inside` says that it has come there."""
+    found, receive = Held(threading.Event(), threading.Event()), ActivationStore.receive
+
+    def wait(self: ActivationStore, *args: Any) -> None:
+        found.inside.set()
+        found.go_on.wait(20)
+        receive(self, *args)
+
+    monkeypatch.setattr(ActivationStore, "receive", wait)
+    return found
+
+
+def test_a_capture_that_ends_while_another_thread_commits_loses_nothing(tokenwise, held, tmp_path: Path) -> None:
+    model = tokenwise()
+    with ActivationStore(tmp_path) as kept, torch.no_grad():
+        with capture(model, BLOCKS, kept, resident=True):
+            model(ids(2, 4))
+            other = threading.Thread(target=kept.commit)
+            other.start()
+            held.inside.wait()
+            model(ids(2, 4, 1))
+            threading.Timer(0.2, held.go_on.set).start()
+        other.join()
+    assert len(activations(tmp_path)["layers.0"]) == 16
+
+
+def test_ledgers_that_are_read_while_the_model_runs(tokenwise, tmp_path: Path) -> None:
+    model, stop = tokenwise(), threading.Event()
+    with ActivationStore(tmp_path) as kept, torch.no_grad(), capture(model, BLOCKS, kept, resident=True) as tap:
+
+        def look() -> None:
+            while not stop.is_set():
+                tap.ledger["layers.0"].check()
+                time.sleep(0.001)
+
+        other = threading.Thread(target=look)
+        other.start()
+        for i in range(100):
+            model(ids(2, 4, i))
+        stop.set()
+        other.join()
+        assert tap.ledger["layers.0"].tokens.selected == 800
+        assert tap.ledger["layers.0"].tokens.rolled_back == 0
+    assert len(activations(tmp_path)["layers.0"]) == 800
+
+
+def test_an_interrupt_before_a_drop_is_done_stores_nothing_else(tokenwise, held, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("emocore.outflow.LEAST", 1)
+    model, drop, dropped = tokenwise(), outflow.Outflow.drop, []
+
+    def interrupted(self: outflow.Outflow, words: Tensor) -> None:
+        dropped.append(1)
+        if len(dropped) == 1:
+            raise KeyboardInterrupt
+        drop(self, words)
+
+    monkeypatch.setattr(outflow.Outflow, "drop", interrupted)
+    with ActivationStore(tmp_path, policy="drop") as kept, torch.no_grad():  # noqa: SIM117
+        with capture(model, BLOCKS, kept, resident=True) as tap:
+            for i in range(3):
+                with contextlib.suppress(KeyboardInterrupt):
+                    model(ids(1, 4, i))
+            held.go_on.set()
+            tap.ledger  # noqa: B018 (waits until all is brought)
+            model(ids(1, 4, 3))
+    shown = torch.cat([ids(1, 4, i) for i in (0, 1, 3)])
+    assert torch.equal(activations(tmp_path)["layers.0"].rows, model.layers[0](model.embed(shown)).reshape(12, -1))
+    assert kept.ledger["layers.0"].rows.dropped == 4
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_memory_that_is_not_there_leaves_the_ring_as_it_was(
+    tokenwise, monkeypatch, tmp_path: Path, first: bool
+) -> None:
+    monkeypatch.setattr("emocore.outflow.LEAST", 1)
+    model, new_zeros, full = tokenwise(), Tensor.new_zeros, threading.Event()
+
+    def allocate(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        if full.is_set() and size and options.get("dtype") == torch.float32:
+            raise torch.cuda.OutOfMemoryError
+        return new_zeros(self, *size, **options)
+
+    monkeypatch.setattr(Tensor, "new_zeros", allocate)
+    shown = []
+    with ActivationStore(tmp_path) as kept, torch.no_grad(), capture(model, BLOCKS, kept, resident=True) as tap:
+        for i in range(0 if first else 5):
+            model(ids(1, 4, i))
+            shown.append(ids(1, 4, i))
+            tap.ledger  # noqa: B018
+        full.set()
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            model(ids(1, 9))
+        full.clear()
+        for i in range(5, 8):
+            model(ids(1, 4, i))
+            shown.append(ids(1, 4, i))
+    expected = model.layers[0](model.embed(torch.cat(shown))).reshape(-1, 5)
+    assert torch.equal(activations(tmp_path)["layers.0"].rows, expected)
+
+
+def test_rows_whose_places_cannot_be_told_are_dropped_and_counted(tokenwise, monkeypatch, tmp_path: Path) -> None:
+    model, whose = tokenwise(), roll.Roll.whose
+    monkeypatch.setattr(roll.Roll, "whose", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with ActivationStore(tmp_path) as kept, torch.no_grad(), capture(model, BLOCKS, kept, resident=True) as tap:
+        model(ids(1, 4))
+        with pytest.raises(MemoryError):
+            tap.ledger  # noqa: B018
+        monkeypatch.setattr(roll.Roll, "whose", whose)
+        model(ids(1, 4))
+        rows = tap.ledger["layers.0"].rows
+        assert (rows.formed, rows.dropped, rows.pending) == (8, 4, 4)
+
+
+def test_every_disk_that_fails_is_told_and_the_others_go_on(tokenwise, monkeypatch, tmp_path: Path) -> None:
+    def failing(*_: Any) -> Any:
+        raise OSError(errno.EIO, "broken")
+
+    model = tokenwise()
+    stores = [ActivationStore(tmp_path / name) for name in "ab"]
+    sinks = {f"layers.{i}": one for i, one in enumerate(stores)}
+    with torch.no_grad(), capture(model, sinks, resident=True) as tap:
+        model(ids(1, 4))
+        monkeypatch.setattr(shards.Draft, "offer", failing)
+        for name in "ab":
+            with pytest.raises(StoreError, match=f"/{name}: could not be written"):
+                tap.ledger  # noqa: B018
+    for one in stores:
+        one.close()
+        assert [ledger.rows.dropped for ledger in one.ledger.values()] == [4]
+
+
+def test_two_captures_into_one_feed_are_both_fetched(tokenwise, tmp_path: Path) -> None:
+    models = tokenwise(), tokenwise()
+    with ActivationStore(tmp_path) as kept, torch.no_grad():  # noqa: SIM117
+        with capture(models[0], "layers.0", kept, resident=True), capture(models[1], "layers.0", kept, resident=True):
+            for model in models:
+                model(ids(1, 4))
+            kept.commit()
+            assert len(activations(tmp_path)["layers.0"]) == 8
+
+
+def test_a_second_batch_beside_an_open_one_is_refused(tokenwise, tmp_path: Path) -> None:
+    with ActivationStore(tmp_path) as kept, torch.no_grad(), capture(tokenwise(), BLOCKS, kept, resident=True) as tap:
+        with tap.batch(requests=["a"]):
+            with pytest.raises(CaptureError, match="another batch is open"), tap.batch(requests=["b"]):
+                pass
+            tap.model(ids(1, 3))
+        with tap.batch(requests=["c"]):
+            tap.model(ids(1, 2))
+    places = activations(tmp_path)["layers.0"].places
+    assert [places.names[i] for i in places.request] == ["a"] * 3 + ["c"] * 2
+
+
+def test_the_ledger_after_the_end(tokenwise, tmp_path: Path) -> None:
+    with ActivationStore(tmp_path) as kept, torch.no_grad():
+        with capture(tokenwise(), BLOCKS, kept, resident=True) as tap:
+            tap.model(ids(1, 3))
+        assert tap.ledger["layers.0"].tokens.selected == 3
+        assert kept.ledger["layers.0"].rows.pending == 3
