@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from emocore.exporting import FILTERS, to_hdf5
 from emocore.importing import from_hdf5
 
 from .bench_model import minilm
+from .bench_store import Volume
 from .harness import Absent, Contender
 from .machine import Machine
 from .ours import OURS
@@ -26,25 +24,16 @@ from .results import Case, Work
 FORWARDS = 8
 
 
-class Files:
+class Files(Volume):
     """The HDF5 files of a store, in a folder of its own for every call."""
 
     def __init__(self, root: Path, compression: str | None) -> None:
-        self._root, self._compression = root, compression
-        self._share = 0.0
-
-    @contextlib.contextmanager
-    def fresh(self) -> Iterator[None]:
-        """A new folder."""
-        self._out = Path(tempfile.mkdtemp(dir=self._root))
-        try:
-            yield
-        finally:
-            shutil.rmtree(self._out)
+        super().__init__(root)
+        self._compression, self._share = compression, 0.0
 
     def write(self, path: Path) -> None:
         """To files, and of what size beside the rows."""
-        files = to_hdf5(path, self._out / "files", self._compression)
+        files = to_hdf5(path, self.folder / "files", self._compression)
         rows = sum(view.rows.nbytes for view in activations(path).values())
         self._share = sum(file.stat().st_size for file in files) / rows
 
@@ -52,8 +41,8 @@ class Files:
         """There and back."""
         with self.fresh():
             self.write(path)
-            from_hdf5(self._out / "files", self._out / "store")
-            return torch.cat([view.rows for view in activations(self._out / "store").values()])
+            from_hdf5(self.folder / "files", self.folder / "store")
+            return torch.cat([view.rows for view in activations(self.folder / "store").values()])
 
     def figures(self) -> Mapping[str, float]:
         """The size of the files beside that of the rows."""
