@@ -322,6 +322,8 @@ class ActivationStore:
 
     def close(self) -> None:
         """Commit, and let another writer in; the store then takes nothing more."""
+        if self._open and self._pid != os.getpid():
+            self._check()  # says so; a lock may have been held when the process was forked
         try:
             if self._open:
                 self._fetch()
