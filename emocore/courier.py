@@ -291,7 +291,8 @@ class Courier:
         try:
             if committed - flow.fetched > flow.capacity:
                 raise overrun()
-            for span in flow.spans(committed):
+            spans = list(flow.spans(committed))
+            for span in spans if spans or flow.fetched else [slice(0, 0)]:  # a store lists what never had a row, too
                 arrivals = self._arrivals(flow, span)
                 whose = self.roll.whose(flow.places[span].cpu(), bool(flow.labels))
                 due = [n - len(arrival.rows) for n, arrival in zip(due, arrivals, strict=True)]

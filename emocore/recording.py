@@ -28,7 +28,7 @@ from .labels import label_names
 from .ledger import Ledger
 from .manifest import DTYPES, Manifest, check_files
 from .outflow import Arrival
-from .places import Growing
+from .places import Growing, table
 from .publishing import UnsyncedError
 from .registers import Register
 from .ring import Policy, Ring, block, drop
@@ -173,7 +173,7 @@ class ActivationStore:
                 sink.ledger.rows.add(formed=len(rows))
             try:
                 self._check()
-                where = torch.cat([self._register.places(one) for one in whose])
+                where = torch.cat([table(0), *(self._register.places(one) for one in whose)])
                 parts = []
                 for feed, rows, kept in arrivals:
                     rows, good = feed.fit(rows, True)

@@ -48,6 +48,8 @@ class Roll:
 
     def whose(self, places: Tensor, labelled: bool) -> list[Whose]:
         """Whose rows are whose words are places [n, 8] (control.Place): of each batch in turn."""
+        if not len(places):
+            return []
         batch, forward = places[:, Place.BATCH], places[:, Place.FORWARD]
         ends = (batch[1:] != batch[:-1]) | ((batch[1:] == 0) & (forward[1:] != forward[:-1]))
         bounds = [0, *(ends.nonzero().squeeze(1) + 1).tolist(), len(places)]

@@ -609,3 +609,11 @@ def test_the_ledger_after_the_end(tokenwise, tmp_path: Path) -> None:
             tap.model(ids(1, 3))
         assert tap.ledger["layers.0"].tokens.selected == 3
         assert kept.ledger["layers.0"].rows.pending == 3
+
+
+def test_a_hook_point_that_never_had_a_row_is_listed_with_its_ledger(tokenwise, tmp_path: Path) -> None:
+    def run(tap: Tap) -> None:
+        tap.model(ids(2, 3), torch.zeros(2, 3, dtype=torch.long))
+
+    found = both(tokenwise(), run, tmp_path)
+    assert {name: len(view) for name, view in found.items()} == {"layers.0": 0, "layers.1": 0}
