@@ -273,9 +273,10 @@ class Courier:
                     self._changed.notify_all()
             self.roll.forget(count.left)
             spoilt = any(flow.recorded for flow in flows) and self._overrun()
+            untrue = spoilt or any(isinstance(error, LedgerError) for error in failed)
             for receiver in receivers.values():
                 try:
-                    receiver.discard() if spoilt else receiver.settle()
+                    receiver.discard() if untrue else receiver.settle()
                 except BaseException as error:
                     failed.append(error)
         return [*failed, overrun()] if spoilt else failed

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from emocore import ActivationStore, Moments, Tokens, activations, capture, outflow, roll, shards, store
 from emocore.capturing import Tap
-from emocore.errors import CaptureError, LabelError, ShapeError, StoreError
+from emocore.control import Station
+from emocore.errors import CaptureError, LabelError, LedgerError, ShapeError, StoreError
 from emocore.places import COLUMNS
 from emocore.ring import Ring, sample
 
@@ -617,3 +618,21 @@ def test_a_hook_point_that_never_had_a_row_is_listed_with_its_ledger(tokenwise, 
 
     found = both(tokenwise(), run, tmp_path)
     assert {name: len(view) for name, view in found.items()} == {"layers.0": 0, "layers.1": 0}
+
+
+def test_rows_that_do_not_fit_what_was_counted_are_never_committed(tokenwise, tmp_path: Path) -> None:
+    """One more is selected than came, in a shard that would be full."""
+    model, kept = tokenwise(), ActivationStore(tmp_path, shard_rows=1)
+    with torch.no_grad():
+        tap = capture(model, BLOCKS, kept, resident=True).__enter__()
+        model(ids(1, 4))
+        tap._way.plans.stations[0, Station.SELECTED] += 1
+        with pytest.raises(LedgerError, match=r"'layers.0': rows brought from the device; expected 1 more"):
+            tap.ledger  # noqa: B018
+    assert kept.generation == 0
+    rows = kept._feeds["layers.0"].ledger.rows
+    assert (rows.accumulated, rows.pending, rows.dropped) == (0, 0, 4)
+    for end in (lambda: tap.__exit__(None, None, None), kept.close):
+        with pytest.raises(LedgerError, match="counts do not add up"):
+            end()
+    assert kept.generation == 0
