@@ -386,7 +386,6 @@ def test_a_dry_run_says_so_in_every_table() -> None:
 
 def test_the_chart_says_what_the_result_says(written: Any, tmp_path: Path) -> None:
     """Three files; ratio, contender and errors as text, in both themes."""
-    pytest.importorskip("matplotlib")
     chart = _load("chart")
     files = chart.draw(json.loads(written.path.read_text()), tmp_path / "drawn" / "chart")
     assert [path.name for path in files] == ["chart.svg", "chart-dark.svg", "chart.png"]

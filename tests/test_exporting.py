@@ -57,7 +57,6 @@ def test_every_dtype(kept: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["zstd", "blosc2"])
 def test_compressed(compression: str, kept: Path, tmp_path: Path) -> None:
-    pytest.importorskip("hdf5plugin")
     found = read(store.to_hdf5(kept, tmp_path / "out", compression))
     assert torch.equal(found["a"], activations(kept)["a"].rows)
 

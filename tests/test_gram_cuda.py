@@ -93,8 +93,6 @@ class Gram:
 
 @pytest.fixture(scope="module")
 def gram(tmp_path_factory: pytest.TempPathFactory) -> Gram:
-    if not shutil.which("g++"):
-        pytest.skip("no g++ to compile csrc/gram_cuda.cu for the CPU")
     folder = tmp_path_factory.mktemp("emulated")
     for path in (ROOT / "csrc" / "gram_cuda.h", ROOT / "csrc" / "gram_cuda.cu", DATA / "emulated_gram.cpp"):
         shutil.copy(path, folder)
@@ -395,7 +393,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def sass(compiled: tuple[Path, str]) -> dict[str, str]:
     """Machine code by entry, as the disassembler that ships with Triton reads it."""
-    triton = pytest.importorskip("triton")
+    import triton
+
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([tool, "-sass", compiled[0]], capture_output=True, text=True, check=True).stdout
     parts = re.split(r"Function : (\w+)", text)[1:]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import hdf5plugin
 import numpy as np
 import pytest
 import torch
@@ -123,7 +124,6 @@ def test_no_rows_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["zstd", "blosc2"])
 def test_compressed(compression: str, kept: Path, tmp_path: Path) -> None:
-    pytest.importorskip("hdf5plugin")
     store.to_hdf5(kept, tmp_path / "out", compression)
     store.from_hdf5(tmp_path / "out", tmp_path / "again")
     alike(activations(kept), activations(tmp_path / "again"))
@@ -403,10 +403,9 @@ def test_an_importer_that_was_killed(files: Path, tmp_path: Path) -> None:
 
 def test_a_bomb(files: Path, tmp_path: Path) -> None:
     """A few bytes that would become gigabytes, in chunks as `to_hdf5` writes them."""
-    plugin = pytest.importorskip("hdf5plugin")
     with h5py.File(files / "rows-00000000-000.h5", "a") as file:
         del file["rows"]
-        rows = file.create_dataset("rows", (1 << 28, 6), "u2", chunks=(1 << 20, 6), **plugin.Zstd())
+        rows = file.create_dataset("rows", (1 << 28, 6), "u2", chunks=(1 << 20, 6), **hdf5plugin.Zstd())
         rows.attrs["emocore_dtype"] = "bfloat16"
     with pytest.raises(StoreError, match="is in chunks of"):
         store.from_hdf5(files, tmp_path / "again")
